@@ -1,0 +1,106 @@
+"""What a ModelSpec computes: its operators, their parameters and their FLOPs per token.
+
+Only matrix products are counted, a product of (m, k) by (k, n) as 2·m·k·n FLOPs, which is how
+`torch.utils.flop_counter.FlopCounterMode` counts. Attention is counted as whole T x T products: that half of the
+scores are masked saves arithmetic only in kernels that skip them, and isn't subtracted. Look-ups, norms, rotary
+positions and softmax are left out (parameters of the norms are counted).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from espalier.spec import ModelSpec
+
+# What the backward pass computes again: nothing, the attention scores (as fused attention kernels do),
+# or the whole forward pass (activation checkpointing).
+Recompute = Literal["none", "scores", "full"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One kind of operator, which occurs `count` times in the model.
+
+    flops       FLOPs per token of the forward pass, of one occurrence
+    parameters  learned numbers, of one occurrence
+    """
+
+    name: str
+    flops: int
+    parameters: int
+    count: int = 1
+
+
+def operators(spec: ModelSpec, sequence_length: int) -> list[Operator]:
+    """The operators of a model in the order of the forward pass, on rows of `sequence_length` tokens."""
+    hidden, inner, layers = spec.hidden_size, spec.intermediate_size, spec.num_hidden_layers
+    query, key_value = spec.query_size, spec.key_value_size
+    qkv_bias = spec.family == "qwen2" or _has_attention_bias(spec)
+    scores = 2 * sequence_length * query
+    head = 0 if spec.tie_word_embeddings else spec.vocab_size * hidden
+    return [
+        Operator("embedding", 0, spec.vocab_size * hidden),
+        _linear("q", hidden, query, layers, bias=qkv_bias),
+        _linear("k", hidden, key_value, layers, bias=qkv_bias),
+        _linear("v", hidden, key_value, layers, bias=qkv_bias),
+        Operator("scores", scores, 0, layers),
+        Operator("values", scores, 0, layers),
+        _linear("o", query, hidden, layers, bias=_has_attention_bias(spec)),
+        _linear("gate", hidden, inner, layers),
+        _linear("up", hidden, inner, layers),
+        _linear("down", inner, hidden, layers),
+        Operator("norms", 0, 2 * hidden + _head_norms(spec), layers),
+        Operator("final_norm", 0, hidden),
+        Operator("lm_head", 2 * hidden * spec.vocab_size, head),
+    ]
+
+
+def parameters(spec: ModelSpec) -> int:
+    """The exact number of parameters; tied embeddings count once."""
+    return sum(op.parameters * op.count for op in operators(spec, 1))
+
+
+def forward_flops(spec: ModelSpec, sequence_length: int) -> int:
+    """FLOPs per token of a forward pass over rows of `sequence_length` tokens, logits at every position."""
+    return sum(op.flops * op.count for op in operators(spec, sequence_length))
+
+
+def training_flops(spec: ModelSpec, sequence_length: int, recompute: Recompute = "none") -> int:
+    """FLOPs per token of forward and backward; the backward takes two products for each of the forward."""
+    forward = forward_flops(spec, sequence_length)
+    again = {
+        "none": 0,
+        "scores": sum(op.flops * op.count for op in operators(spec, sequence_length) if op.name == "scores"),
+        "full": forward,
+    }
+    return 3 * forward + again[recompute]
+
+
+def narayanan_flops(spec: ModelSpec, sequence_length: int, recompute: Literal["none", "full"] = "none") -> float:
+    """FLOPs per token of training by the published estimate, for comparison with published totals.
+
+    k·L·d²·(1 + s/(6·d) + V/(16·L·d)) with L layers, width d, s tokens a row, V vocabulary, k = 72, or 96 with
+    recomputation. It supposes 12·d² weights a layer (no grouped heads, two feed-forward matrices 4·d wide) and
+    logits that aren't recomputed; k = 72 counts three quarters of the logits' FLOPs, since only k = 96 was derived.
+    Narayanan et al., arXiv 2104.04473, eq. 3; k = 72 as FLM-101B uses it, arXiv 2309.03852.
+    """
+    layers, hidden = spec.num_hidden_layers, spec.hidden_size
+    factor = {"none": 72, "full": 96}[recompute]
+    attention = sequence_length / (6 * hidden)
+    head = spec.vocab_size / (16 * layers * hidden)
+    return factor * layers * hidden**2 * (1 + attention + head)
+
+
+def _linear(name: str, inputs: int, outputs: int, count: int, *, bias: bool = False) -> Operator:
+    return Operator(name, 2 * inputs * outputs, inputs * outputs + outputs * bias, count)
+
+
+def _has_attention_bias(spec: ModelSpec) -> bool:
+    """Whether q, k, v and o all have biases: a choice of these families only."""
+    return spec.attention_bias and spec.family in ("granite", "llama", "qwen3")
+
+
+def _head_norms(spec: ModelSpec) -> int:
+    """Parameters of the norms over each query and key head."""
+    return 2 * spec.head_dim if spec.family == "qwen3" else 0

@@ -1,0 +1,133 @@
+"""Bytes that a ModelSpec needs: in memory while it trains, in the cache while it generates, on the disk when saved.
+
+All results are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from espalier.budget.flops import operators, parameters
+from espalier.spec import ModelSpec
+
+Dtype = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "muon"]
+Attention = Literal["eager", "sdpa"]
+SIZE: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # what Muon trains; AdamW trains the rest
+TOKENIZER_BYTES_PER_ENTRY = 128  # a byte-level BPE entry and its merge in tokenizer.json take less
+SMALL_FILES = 65_536  # config, manifest, made.json, headers of what isn't in a layer
+HEADER_BYTES_PER_LAYER = 2048  # safetensors describes a tensor in about 120 bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one training step holds when the backward pass begins, in bytes.
+
+    weights      4 a parameter (float32 masters); under bfloat16 autocast 2 more for each weight of a product
+    gradients    4 a parameter
+    optimizer    8 a parameter (AdamW's two moments); 4 for those of the layers' matrices under Muon (one momentum)
+    activations  what autograd keeps of the layers, see `activation_bytes_per_token`
+    logits       3 float32 copies of one chunk's logits: themselves, their log-softmax, their gradient
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum. The interpreter, torch's libraries (some 400 MB) and allocator slack come on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def training_memory(
+    spec: ModelSpec,
+    *,
+    rows: int,
+    sequence_length: int,
+    optimizer: Optimizer,
+    compute: Dtype,
+    loss_chunk: int,
+    attention: Attention = "eager",
+) -> Memory:
+    """Memory of one micro-batch of `rows` x `sequence_length` tokens on one device, nothing recomputed.
+
+    The loss is taken over `loss_chunk` tokens at a time; rows * sequence_length of them is the plain loss.
+    """
+    tokens = rows * sequence_length
+    in_products = _layer_matrices(spec) + spec.vocab_size * spec.hidden_size
+    casts = SIZE["bfloat16"] * in_products if compute == "bfloat16" else 0
+    return Memory(
+        weights=4 * parameters(spec) + casts,
+        gradients=4 * parameters(spec),
+        optimizer=optimizer_bytes(spec, optimizer),
+        activations=tokens * activation_bytes_per_token(spec, sequence_length, compute, attention),
+        logits=3 * 4 * min(loss_chunk, tokens) * spec.vocab_size,
+    )
+
+
+def activation_bytes_per_token(
+    spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention = "eager"
+) -> int:
+    """Bytes that autograd keeps per token for the backward pass when transformers runs the model op by op.
+
+    With d, I, Q, K the hidden, feed-forward, query and key-value sizes, h and k the query and key-value heads,
+    T = sequence_length, and c bytes a number of the compute dtype, a layer keeps
+
+        norms         2·(8·d + 4)             float32 input and normalized input, 1/rms
+        inputs        2·c·d, or 5·c·d         of q, k, v and of gate, up; bfloat16 autocast casts for each anew
+        eager         4·c·Q + 4·h·T           q, output, and k, v repeated for each query head; float32 softmax,
+                      (+ c·h·T)               and its cast under autocast
+        or sdpa       2·c·(Q + K) + 4·h       q, output, k, v; log-sum-exp
+        feed-forward  4·c·I                   gate, up, silu(gate), their product
+        qwen3 only    (4 + c)·(Q + K)         input and normalized input of the norms over heads,
+                      + 4·(h + k)             1/rms
+
+    and the last norm with the input of lm_head 8·d + 4 + c·d. A compiled model keeps less; results that live
+    only inside one operator come on top.
+    """
+    hidden, size = spec.hidden_size, SIZE[compute]
+    heads, query, key_value = spec.num_attention_heads, spec.query_size, spec.key_value_size
+    autocast = compute == "bfloat16"
+    norm = 8 * hidden + 4
+    layer = 2 * norm + (5 if autocast else 2) * size * hidden + 4 * size * spec.intermediate_size
+    if attention == "eager":
+        layer += 4 * size * query + (4 + size if autocast else 4) * heads * sequence_length
+    else:
+        layer += 2 * size * (query + key_value) + 4 * heads
+    if spec.family == "qwen3":
+        layer += (4 + size) * (query + key_value) + 4 * (heads + spec.num_key_value_heads)
+    return spec.num_hidden_layers * layer + norm + size * hidden
+
+
+def optimizer_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
+    """The optimizer's state: float32 moments, two a parameter for AdamW, one for a matrix that Muon trains."""
+    one_moment = _layer_matrices(spec) if optimizer == "muon" else 0
+    return 4 * (2 * parameters(spec) - one_moment)
+
+
+def cache_bytes_per_token(spec: ModelSpec, dtype: Dtype) -> int:
+    """The key-value cache of one token: keys and values of every layer."""
+    return 2 * spec.num_hidden_layers * spec.key_value_size * SIZE[dtype]
+
+
+def folder_bytes(spec: ModelSpec, dtype: Dtype) -> int:
+    """The most that a model folder takes: weights, their headers, tokenizer and small files."""
+    beside = SMALL_FILES + HEADER_BYTES_PER_LAYER * spec.num_hidden_layers
+    return SIZE[dtype] * parameters(spec) + beside + TOKENIZER_BYTES_PER_ENTRY * spec.vocab_size
+
+
+def checkpoint_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
+    """The most that a resumable checkpoint takes: a float32 model folder and the optimizer's state with headers."""
+    headers = 2 * (SMALL_FILES + HEADER_BYTES_PER_LAYER * spec.num_hidden_layers)
+    return folder_bytes(spec, "float32") + optimizer_bytes(spec, optimizer) + headers
+
+
+def _layer_matrices(spec: ModelSpec) -> int:
+    """Numbers in the two-dimensional weights of the layers: a product takes two FLOPs for each, biases none."""
+    return sum(op.flops // 2 * op.count for op in operators(spec, 1) if op.name in MATRICES)

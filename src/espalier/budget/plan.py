@@ -1,0 +1,211 @@
+"""Plan: what a growth run is going to do and cost, stage by stage, before anything is spent.
+
+Durations are stated in tokens, FLOPs or a share of the budget and become steps here; the schedule, the loop and the
+comparison of plan and fact all read the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from espalier.budget import flops
+from espalier.errors import BudgetError
+from espalier.ledger import RESOURCES, Cap, Cost, Rates
+from espalier.recipe import Recipe
+from espalier.spec import ModelSpec
+
+Unit = Literal["tokens", "flops", "share"]
+Basis = Literal["measured", "estimated"]
+_DURATION = re.compile(r"\s*([0-9][0-9_.]*(?:e[+-]?[0-9]+)?)\s*([kMGTPE]?)\s*(%|tokens|flops)\s*", re.IGNORECASE)
+_PREFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a stage lasts: an amount of tokens, of FLOPs, or a share (0 to 1) of the budget."""
+
+    amount: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        """Read '3M tokens', '2e12 flops' or '25%'; ValueError otherwise."""
+        match = _DURATION.fullmatch(str(text))
+        if not match:
+            raise ValueError(f"{text!r} isn't a duration; write '3M tokens', '2T flops' or '25%' (of the budget)")
+        number, prefix, unit = float(match[1].replace("_", "")), match[2].upper(), match[3].lower()
+        if number <= 0:
+            raise ValueError(f"{text!r} is no time at all")
+        if unit == "%":
+            return cls(number / 100, "share")
+        return cls(number * _PREFIX[prefix], "tokens" if unit == "tokens" else "flops")
+
+
+def _checked(text: str) -> str:
+    Duration.parse(text)
+    return text
+
+
+DurationText = Annotated[str, BeforeValidator(str), AfterValidator(_checked)]
+
+
+class BudgetRecipe(Recipe):
+    """The most that the run may spend; what isn't stated isn't limited.
+
+    reserve is the share kept back for evaluation, checkpoints and export. Prices override the hardware row's.
+    """
+
+    usd: float | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0)
+    kwh: float | None = Field(default=None, gt=0)
+    flops: float | None = Field(default=None, gt=0)
+    tokens: float | None = Field(default=None, gt=0)
+    reserve: float = Field(default=0.1, ge=0, lt=1)
+    usd_per_hour: float | None = Field(default=None, ge=0)
+    watts: float | None = Field(default=None, ge=0)
+    kgco2e_per_kwh: float | None = Field(default=None, ge=0)
+    pue: float = Field(default=1.0, ge=1)
+
+    def cap(self) -> Cap:
+        stated = {"usd": self.usd, "kwh": self.kwh, "flops": self.flops, "tokens": self.tokens}
+        if self.hours is not None:
+            stated["seconds"] = self.hours * 3600
+        return Cap(**{name: amount for name, amount in stated.items() if amount is not None})
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: steps [first_step, first_step + steps) with `rows` sequences a step, and their price."""
+
+    spec: ModelSpec
+    first_step: int
+    steps: int
+    rows: int
+    parameters: int
+    flops_per_token: float
+    cost: Cost
+
+    @property
+    def last_step(self) -> int:
+        """The step count at which the stage is done."""
+        return self.first_step + self.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, their sum, and what the same tokens would cost at the final size from the start.
+
+    `basis` says where the seconds come from: 'measured' steps of these very models, or 'estimated' peaks.
+    """
+
+    stages: tuple[StagePlan, ...]
+    total: Cost
+    from_scratch: Cost
+    basis: Basis
+
+    @property
+    def steps(self) -> int:
+        return self.stages[-1].last_step
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "basis": self.basis,
+            "total": asdict(self.total),
+            "from_scratch": asdict(self.from_scratch),
+            "stages": [{**asdict(stage), "spec": stage.spec.model_dump()} for stage in self.stages],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        stages = tuple(
+            StagePlan(**{**stage, "spec": ModelSpec(**stage["spec"]), "cost": Cost(**stage["cost"])})
+            for stage in values["stages"]
+        )
+        return cls(stages, Cost(**values["total"]), Cost(**values["from_scratch"]), values["basis"])
+
+
+def plan(
+    stages: Sequence[tuple[ModelSpec, Duration]],
+    *,
+    rows: int,
+    sequence_length: int,
+    seconds_per_token: Sequence[float],
+    basis: Basis,
+    rates: Rates,
+    cap: Cap,
+    spent: Cost | None = None,
+    reserve: float = 0.1,
+) -> Plan:
+    """Turn durations into steps of `rows` sequences, and price them.
+
+    spent is what is gone already (data preparation, probes); shares are of what is left, less the reserve.
+    BudgetError when a stage isn't worth one step or the whole doesn't fit the cap.
+    """
+    left = _left(cap, spent or Cost(), reserve)
+    planned: list[StagePlan] = []
+    first_step = 0
+    for number, ((spec, duration), speed) in enumerate(zip(stages, seconds_per_token, strict=True), start=1):
+        flops_per_token = flops.training_flops(spec, sequence_length)
+        tokens = _tokens(duration, flops_per_token, speed, left, rates, number)
+        step_tokens = rows * sequence_length
+        steps = round(tokens / step_tokens) if duration.unit == "tokens" else math.floor(tokens / step_tokens)
+        if steps < 1:
+            raise BudgetError(
+                f"stage {number}",
+                found=f"{tokens:,.0f} tokens",
+                expected=f"at least one step of {step_tokens:,} tokens",
+                mend="Raise the budget or the stage's duration, or lower train.batch_tokens or the model's size.",
+            )
+        done = steps * step_tokens
+        cost = rates.cost(done * speed, tokens=done, flops=done * flops_per_token)
+        planned.append(StagePlan(spec, first_step, steps, rows, flops.parameters(spec), flops_per_token, cost))
+        first_step += steps
+    total = sum((stage.cost for stage in planned), Cost())
+    if basis == "measured":  # an estimate is no ground for a refusal
+        _require_fit(total, left, cap)
+    last = planned[-1]
+    scratch = rates.cost(
+        total.tokens * seconds_per_token[-1], tokens=total.tokens, flops=total.tokens * last.flops_per_token
+    )
+    return Plan(tuple(planned), total, scratch, basis)
+
+
+def _left(cap: Cap, spent: Cost, reserve: float) -> Cap:
+    return Cap(**{name: (getattr(cap, name) - getattr(spent, name)) * (1 - reserve) for name in RESOURCES})
+
+
+def _tokens(
+    duration: Duration, flops_per_token: float, seconds_per_token: float, left: Cap, rates: Rates, number: int
+) -> float:
+    if duration.unit == "tokens":
+        return duration.amount
+    if duration.unit == "flops":
+        return duration.amount / flops_per_token
+    one = rates.cost(seconds_per_token, tokens=1.0, flops=flops_per_token)
+    affordable = [getattr(left, name) / getattr(one, name) for name in RESOURCES if getattr(one, name) > 0]
+    tokens = duration.amount * min(affordable, default=math.inf)
+    if math.isinf(tokens):
+        raise BudgetError(
+            f"stage {number}: duration",
+            found="a share of a budget that has no limit",
+            expected="a budget of usd, hours, kwh, flops or tokens",
+            mend="Set budget.flops=..., budget.hours=... or another limit, or state the duration in tokens.",
+        )
+    return max(tokens, 0.0)
+
+
+def _require_fit(total: Cost, left: Cap, cap: Cap) -> None:
+    name = left.exceeded_by(total * 0.999)  # shares that add up to 100% fit, whatever the rounding
+    if name:
+        raise BudgetError(
+            f"budget.{'hours' if name == 'seconds' else name}",
+            found=f"stages that take {getattr(total, name):.4g} {name}",
+            expected=f"at most {getattr(left, name):.4g} of the cap of {getattr(cap, name):.4g}, after the reserve",
+            mend="Raise the budget, or shorten the stages.",
+        )

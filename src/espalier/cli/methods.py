@@ -1,0 +1,85 @@
+"""`espalier methods`, `espalier schema`, and a command `espalier VERB METHOD key=value ...` for every method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from espalier import method, recipe
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value settings", show_default=False)]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.", envvar="ESPALIER_RUNS")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("methods")(list_methods)
+    app.command("schema")(print_schema)
+    for verb in method.VERBS:
+        app.command(verb, help=f"Methods that {_PURPOSE[verb]}; alone, lists them.")(_verb_command(verb))
+
+
+_PURPOSE = {
+    "budget": "measure and price",
+    "data": "prepare text",
+    "train": "train",
+    "grow": "make a model larger",
+    "evaluate": "find out what a model can do",
+}
+
+
+def list_methods(verb: Annotated[str | None, typer.Argument(help="only this verb's")] = None) -> None:
+    """List the methods: what each does, from which paper, and whether its effect is proven here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "what it does", "paper", "status", box=None, pad_edge=False)
+    for card in method.cards():
+        if verb in (None, card.verb):
+            table.add_row(card.full_name, card.summary, card.paper, card.status)
+    Console().print(table)
+
+
+def print_schema(
+    name: Annotated[str, typer.Argument(metavar="METHOD", help="'run', or a name from `methods`")],
+) -> None:
+    """Print a recipe's JSON schema."""
+    if name == "run":
+        from espalier.pipeline import PretrainRecipe
+
+        typer.echo(recipe.schema(PretrainRecipe))
+    else:
+        typer.echo(recipe.schema(method.find(name).recipe()))
+
+
+def _verb_command(verb: str) -> Callable[..., None]:
+    def command(
+        name: Annotated[str | None, typer.Argument(metavar="METHOD", show_default=False)] = None,
+        overrides: Overrides = None,
+        file: Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings.")] = None,
+        run_name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
+        runs: Runs = Path("runs"),
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    ) -> None:
+        if name is None:
+            return list_methods(verb)
+        card = method.find(f"{verb}.{name}")
+        resolved = recipe.load(card.recipe(), file, overrides or [])
+        if dry_run:
+            return typer.echo(recipe.dump(resolved))
+        return _run_method(card, resolved, runs / (run_name or f"{verb}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+    return command
+
+
+def _run_method(card: method.Card, resolved: recipe.Recipe, folder: Path) -> None:
+    from espalier.run import Run
+
+    with Run.start(folder, resolved, tell=typer.echo) as run:
+        result = card.load()(resolved, run)
+        run.charge(card.full_name)
+        run.finish("finished")
+    typer.echo(getattr(result, "path", result))

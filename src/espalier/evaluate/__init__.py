@@ -1,0 +1,3 @@
+"""Finding out what a model can do."""
+
+METHODS = {"loss": "loss:evaluate_loss"}

@@ -1,0 +1,72 @@
+"""Held-out loss of a model folder on any text: nats a token, and bits a byte to compare between vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from espalier import files
+from espalier.budget import flops, hardware, price
+from espalier.data.prepare import VALIDATION, DataRecipe, prepare
+from espalier.folder import ModelFolder
+from espalier.method import method
+from espalier.recipe import Recipe
+from espalier.report import Report
+from espalier.run import RESULTS, Run
+
+
+class LossRecipe(Recipe):
+    """model: a model folder; data: whose held-out split to take; eval_tokens: how much of it."""
+
+    model: Path
+    data: DataRecipe = DataRecipe()
+    eval_tokens: int = Field(default=262_144, gt=0)
+    per_device_eval_batch_size: int = Field(default=8, gt=0)
+
+
+@method(needs="a model folder with its tokenizer", costs="a forward pass over eval_tokens")
+def evaluate_loss(recipe: LossRecipe, run: Run) -> Report:
+    """Measure the loss on held-out text, in nats a token and bits a byte."""
+    from espalier.data import pack, tokenizer
+    from espalier.data.stream import Stream
+    from espalier.model import build
+    from espalier.train.device import Device
+    from espalier.train.objectives import next_token
+    from espalier.train.validate import validate
+
+    folder = ModelFolder.open(recipe.model)
+    row = hardware.here(home=files.home())
+    run.price(price.rates(row))
+    dataset = prepare(recipe.data, home=files.home(), tell=run.tell)
+    words = tokenizer.load(folder.path)
+    build.require_vocabulary(folder.spec, words.get_vocab_size(), where=str(folder.path))
+    tokens = pack.tokenize(dataset, VALIDATION, folder.path, home=files.home(), tell=run.tell)
+    stream = Stream(
+        tokens,
+        sequence_length=recipe.data.sequence_length,
+        seed=0,
+        attend=recipe.data.attend,
+        eos_id=tokenizer.eos_id(folder.path),
+    )
+    run.charge("data")
+    device = Device(kind=row.kind, threads=hardware.free_cores(), compute="float32")
+    device.set_threads()
+    model = build.load(folder)
+    device.place(model)
+    result = validate(
+        model,
+        stream,
+        tokenizer.byte_lengths(words),
+        next_token,
+        device,
+        rows=max(recipe.eval_tokens // recipe.data.sequence_length, 1),
+        micro_rows=recipe.per_device_eval_batch_size,
+    )
+    run.charge("evaluate", flops=result.tokens * flops.forward_flops(folder.spec, recipe.data.sequence_length))
+    report = Report(str(recipe.model), context={"data": dataset.fingerprint(), "model": folder.fingerprint()})
+    report.add("held-out", "loss", result.loss, stderr=result.stderr, n=result.tokens, note="nats a token")
+    report.add("held-out", "bpb", result.bpb, n=result.tokens, note="bits a byte")
+    report.save(run.folder / RESULTS)
+    run.tell(f"{recipe.model}: loss {result.loss:.4f} ± {result.stderr:.4f} nats a token, {result.bpb:.4f} bits a byte")
+    return report

@@ -1,0 +1,178 @@
+"""Files that appear whole or not at all.
+
+Everything is written under a temporary name beside its place, flushed to the disk, then renamed. A folder gets
+a manifest of SHA-256 hashes, written last: a folder without one, or one whose files differ from it, is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from espalier.errors import ResourceError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial-"
+
+
+def home() -> Path:
+    """Where caches live: $ESPALIER_HOME, else ~/.cache/espalier."""
+    return Path(os.environ.get("ESPALIER_HOME") or Path.home() / ".cache" / "espalier")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: object) -> str:
+    """Hex digest of a JSON-able value: equal values give equal digests, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's bytes in one step; on any failure the old file is still there."""
+    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
+    with disk_errors(path, len(content)):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
+    """Yield a temporary folder that takes `path`'s place, with a manifest, when the block ends well.
+
+    An existing folder at `path` is replaced only then. `need_bytes` is checked against the free space first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require_space(path.parent, need_bytes)
+    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(path, need_bytes):
+        try:
+            partial.mkdir()
+            yield partial
+            write_manifest(partial)
+            for entry in partial.rglob("*"):
+                _sync(entry)
+            _sync(partial)
+            retired = _retire(path)
+            partial.rename(path)
+            _sync(path.parent)
+            if retired:
+                shutil.rmtree(retired)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def remove_partials(folder: Path) -> list[str]:
+    """Delete what interrupted writers left in `folder`; the names of what was removed."""
+    left = sorted(entry for entry in folder.glob(f"{PARTIAL}*"))
+    for entry in left:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return [entry.name for entry in left]
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and hash of every file below `folder`, itself left out."""
+    files = {
+        str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that should match its manifest, in a line; None when it matches."""
+    try:
+        recorded = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"{folder.name} has no {MANIFEST}: it was never finished"
+    except (ValueError, KeyError, TypeError):
+        return f"{folder.name}/{MANIFEST} can't be read"
+    for name, entry in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{folder.name}/{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{folder.name}/{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+        if sha256(path) != entry["sha256"]:
+            return f"{folder.name}/{name}: sha256 differs from the manifest"
+    return None
+
+
+def require_space(folder: Path, need_bytes: int) -> None:
+    """Refuse before writing when the disk can't hold `need_bytes` more."""
+    free = shutil.disk_usage(folder).free
+    if need_bytes > free:
+        raise _disk_full(folder, need_bytes, free)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, need_bytes: int = 0) -> Iterator[None]:
+    """Turn the system's disk errors inside the block into a `ResourceError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _disk_full(path, need_bytes, shutil.disk_usage(path.parent).free) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise ResourceError(
+                str(path),
+                found=f"the system said: {error.strerror}",
+                expected="a folder that can be written",
+                mend="Choose another place with runs=FOLDER or ESPALIER_HOME, or mend the disk.",
+            ) from error
+        raise
+
+
+def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:
+    need = f"at least {need_bytes / 1e6:,.1f} MB" if need_bytes else "more space than is left"
+    return ResourceError(
+        str(path),
+        found=f"a full disk ({free / 1e6:,.1f} MB free)",
+        expected=need,
+        mend="Free some space, or write fewer checkpoints (train.keep_checkpoints); what was saved before is kept.",
+    )
+
+
+def _retire(path: Path) -> Path | None:
+    if not path.exists():
+        return None
+    retired = path.with_name(f"{PARTIAL}old-{path.name}-{os.getpid()}")
+    path.rename(retired)
+    return retired
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,122 @@
+"""ModelFolder: what `AutoModelForCausalLM.from_pretrained` opens, and where it came from.
+
+Native at every moment: config.json, safetensors, tokenizer files. `made.json` beside them says how it was made;
+a bare Hugging Face folder is as good an input. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from espalier import files
+from espalier.errors import ModelError
+from espalier.spec import ModelSpec
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MADE = "made.json"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str) -> ModelFolder:
+        """Check that `path` is a model folder that is safe and whole enough to load."""
+        folder = cls(Path(path))
+        if not (folder.path / "config.json").is_file():
+            raise ModelError(
+                str(path),
+                found="no config.json" if folder.path.is_dir() else "no such folder",
+                expected="a Hugging Face model folder",
+                mend="Name a folder with config.json and model.safetensors, such as runs/NAME/final.",
+            )
+        if "auto_map" in folder.config:
+            raise ModelError(
+                f"{path}/config.json: auto_map",
+                found="a request to run the folder's own code",
+                expected="a model class of transformers",
+                mend="Espalier never runs code from a model folder; use a native class.",
+            )
+        folder.weight_files()
+        if (folder.path / files.MANIFEST).exists() and (damage := files.damage(folder.path)):
+            raise ModelError(
+                str(path),
+                found=damage,
+                expected="files as they were written",
+                mend="Restore the folder from its source.",
+            )
+        return folder
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return _read_json(self.path / "config.json")
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return ModelSpec.from_config(self.config, where=str(self.path / "config.json"))
+
+    @property
+    def made(self) -> dict[str, Any] | None:
+        """made.json, or None for a folder that Espalier didn't make."""
+        path = self.path / MADE
+        return _read_json(path) if path.exists() else None
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in order; pickled weights and paths that leave the folder are refused."""
+        if (self.path / INDEX).exists():
+            names = sorted(set(_read_json(self.path / INDEX)["weight_map"].values()))
+        else:
+            names = [WEIGHTS]
+        for name in names:
+            inside = (self.path / name).resolve().is_relative_to(self.path.resolve())
+            if not inside or not name.endswith(".safetensors") or not (self.path / name).is_file():
+                pickled = next(iter(sorted(p.name for p in self.path.glob("*.bin"))), None)
+                raise ModelError(
+                    f"{self.path}/{name}",
+                    found=f"only {pickled}, a pickle that can run code" if pickled else "no such safetensors file",
+                    expected="weights in safetensors inside the folder",
+                    mend="Save the model again with save_pretrained(safe_serialization=True).",
+                )
+        return [self.path / name for name in names]
+
+    def fingerprint(self) -> str:
+        """One digest of config and weights: the model's identity in a lineage."""
+        parts = [files.sha256(path) for path in (self.path / "config.json", *self.weight_files())]
+        return files.digest(parts)
+
+    def tokenizer_fingerprint(self) -> str | None:
+        """Digest of tokenizer.json, or None when the folder has no tokenizer."""
+        path = self.path / "tokenizer.json"
+        return files.sha256(path) if path.exists() else None
+
+    def lineage(self) -> Iterator[dict[str, Any]]:
+        """made.json of this model and then of its parents, as far as they are recorded."""
+        made = self.made
+        while made:
+            yield made
+            made = next((parent["made"] for parent in made.get("parents", []) if parent.get("made")), None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            str(path), found=f"a file that can't be read ({error})", expected="JSON", mend="Restore the file."
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError(
+            str(path), found=f"a {type(value).__name__}", expected="a JSON object", mend="Restore the file."
+        )
+    return value

@@ -1,0 +1,295 @@
+"""The growth run: train small, grow, go on. One model, one data order and one ledger through all stages.
+
+FLM-101B (arXiv 2309.03852) trained 16B -> 51B -> 101B so. A stage is a shape and a duration; between two stages the
+model grows by the operators that the later stage names, its optimizer state with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from espalier.budget.plan import Duration, DurationText, Plan
+from espalier.errors import ModelError
+from espalier.grow import operators
+from espalier.model.growth import Growth
+from espalier.model.mup import Parametrization
+from espalier.recipe import Recipe
+from espalier.spec import Family, ModelSpec
+from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, TrainRecipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from espalier.data.stream import Stream
+    from espalier.ledger import Cost
+    from espalier.run import Run
+    from espalier.train.checkpoint import Progress
+    from espalier.train.device import Device
+    from espalier.train.loop import Ending, State
+    from espalier.train.moments import Validate
+    from espalier.train.validate import HeldOut
+
+# Growth is exact up to rounding; a relative logit difference beyond this is a broken promise.
+EXACT = 1e-4
+
+
+class ShapeRecipe(Recipe):
+    """Sizes under their Hugging Face names; what is left out is derived (see ModelSpec)."""
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are stated."""
+        return {name: size for name in ShapeRecipe.model_fields if (size := getattr(self, name)) is not None}
+
+
+class ModelRecipe(ShapeRecipe):
+    """What all stages share; a stage's own sizes come on top."""
+
+    family: Family = "granite"
+    head_dim: int = 32
+    vocab_size: int | None = Field(default=None, description="the tokenizer's size, if not stated")
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+
+
+class StageRecipe(ShapeRecipe):
+    """One stage: its shape, how long it lasts, and how the model before it grows into it.
+
+    rate is the stage's share of the schedule's learning rate, as FLM lowered it from stage to stage.
+    """
+
+    duration: DurationText
+    depth: Literal["stack", "identity"] = "stack"
+    width: Literal["zero_pad"] = "zero_pad"
+    rate: float = Field(default=1.0, gt=0)
+
+
+class GrowthRecipe(Recipe):
+    """Everything about the model and its training; data and budget come on top in the pipeline's recipe."""
+
+    seed: int = 1
+    model: ModelRecipe = ModelRecipe()
+    stages: tuple[StageRecipe, ...] = Field(min_length=1)
+    parametrization: Parametrization = Parametrization()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    train: TrainRecipe = TrainRecipe()
+
+    def durations(self) -> list[Duration]:
+        return [Duration.parse(stage.duration) for stage in self.stages]
+
+    def path(self, vocab_size: int) -> list[GrownStage]:
+        """Every stage's shape and how it comes from the one before, checked: none shrinks, each can be built."""
+        shared = {"vocab_size": vocab_size, **self.model.model_dump(exclude_none=True)}
+        path: list[GrownStage] = []
+        for number, stage in enumerate(self.stages, start=1):
+            sizes = {**shared, **stage.sizes()}
+            spec = self.parametrization.carried_by(ModelSpec.stated(sizes, where=f"stage {number}"))
+            growths = _growths(path[-1].spec, spec, stage, number) if path else ()
+            path.append(GrownStage(growths[-1].after if growths else spec, growths))
+        return path
+
+
+@dataclass(frozen=True)
+class GrownStage:
+    """A stage's shape, and the growths (in order) that lead to it from the stage before."""
+
+    spec: ModelSpec
+    growths: tuple[Growth, ...]
+
+
+def _growths(before: ModelSpec, after: ModelSpec, stage: StageRecipe, number: int) -> tuple[Growth, ...]:
+    try:
+        return tuple(operators.plan_growth(before, after, depth=stage.depth, width=stage.width))
+    except ModelError as error:
+        where = f"stage {number}: {error.where}"
+        raise ModelError(where, found=error.found, expected=error.expected, mend=error.mend) from None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a growth run works with, beside its recipe and plan."""
+
+    run: Run
+    train_stream: Stream
+    held_out: Callable[[State], HeldOut]
+    tokenizer: Path
+    device: Device
+    reserve: Cost
+    peak_flops: float
+    terminal: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a growth run ended, the state it left and its held-out loss (unless a signal was in a hurry)."""
+
+    state: State
+    ending: Ending
+    held_out: HeldOut | None = None
+
+
+def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
+    """Carry out a plan from its newest checkpoint, or from the start."""
+    from espalier.train import moments
+    from espalier.train.loop import Meter, Segment, train
+    from espalier.train.objectives import next_token
+
+    run, device = setting.run, setting.device
+    device.set_threads()
+    state = _resume(recipe, plan, setting) or _begin(recipe, plan, setting)
+    meter = Meter(run, setting.reserve)
+    run.charge("start")
+    save = moments.Save(run, meter, lambda s: _save(recipe, plan, setting, s), every=recipe.train.save_steps)
+    log = moments.Log(
+        run,
+        every=recipe.train.logging_steps,
+        learning_rate=recipe.optimizer.learning_rate,
+        peak_flops=setting.peak_flops,
+        samples_per_epoch=setting.train_stream.rows,
+    )
+    ending: Ending = "done"
+    with moments.Bar(run, steps=plan.steps, stages=len(plan.stages), terminal=setting.terminal) as bar:
+        for number, stage in enumerate(plan.stages):
+            if state.progress.step >= stage.last_step and number < len(plan.stages) - 1:
+                continue
+            validate = moments.Validate(
+                run,
+                meter,
+                setting.held_out,
+                every=max(plan.steps // recipe.train.evaluations, 1),
+                flops_per_token=stage.flops_per_token / 3,
+            )
+            if number > state.progress.stage:
+                state = _grow(recipe, plan, setting, state, number, validate)
+            meter.expect(stage.cost * (1 / stage.steps))
+            segment = Segment(
+                until_step=stage.last_step,
+                rows=stage.rows,
+                micro_rows=recipe.train.per_device_train_batch_size,
+                flops_per_token=stage.flops_per_token,
+                factor=_factor(recipe, plan, number),
+            )
+            ending = train(state, setting.train_stream, segment, next_token, device, meter, (log, validate, save, bar))
+            if ending != "done":
+                break
+    if ending == "signal":
+        save.now(state)
+        return Outcome(state, ending)
+    return Outcome(state, ending, validate.now(state))
+
+
+def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
+    grown_at = plan.stages[number].first_step if number else None
+    rate = recipe.stages[number].rate
+    return lambda step: rate * recipe.schedule.factor(step, plan.steps, grown_at)
+
+
+def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
+    from espalier.model import build
+    from espalier.train.checkpoint import Progress
+
+    spec = plan.stages[0].spec
+    model = build.build(spec, recipe.parametrization, seed=recipe.seed)
+    setting.run.rewind_metrics(0)
+    return _state(recipe, setting, spec, model, Progress(), {})
+
+
+def _resume(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State | None:
+    from espalier.train import checkpoint
+
+    path = checkpoint.newest(setting.run.folder, setting.run.tell)
+    if path is None:
+        return None
+    model, moments, progress = checkpoint.load(path)
+    setting.run.rewind_metrics(progress.step)
+    setting.run.tell(f"Resumed at step {progress.step} from {path}, verified.")
+    return _state(recipe, setting, plan.stages[progress.stage].spec, model, progress, moments)
+
+
+def _state(
+    recipe: GrowthRecipe,
+    setting: Setting,
+    spec: ModelSpec,
+    model: PreTrainedModel,
+    progress: Progress,
+    moments: dict[str, dict[str, Tensor]],
+) -> State:
+    from espalier.train.loop import State
+    from espalier.train.optim import Optimizer
+
+    setting.device.place(model)
+    optimizer = Optimizer(model, spec, recipe.optimizer, recipe.parametrization)
+    optimizer.load_state(moments)
+    return State(spec, model, optimizer, progress)
+
+
+def _save(recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State) -> None:
+    from espalier.budget import memory
+    from espalier.train import checkpoint
+
+    checkpoint.save(
+        setting.run.folder,
+        state.model,
+        state.optimizer.state(),
+        state.progress,
+        tokenizer=setting.tokenizer,
+        need_bytes=memory.checkpoint_bytes(state.spec, recipe.optimizer.name),
+        keep=recipe.train.keep_checkpoints,
+    )
+
+
+def _grow(recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State, number: int, validate: Validate) -> State:
+    """Grow into stage `number`; refuse, and keep the model as it was, when an exact operator wasn't."""
+    from espalier.grow import apply, preserve
+    from espalier.model import axes
+    from espalier.train.moments import spending
+
+    run, after = setting.run, plan.stages[number].spec
+    growths = recipe.path(after.vocab_size)[number].growths
+    before_loss = validate.now(state)
+    setting.device.release(state.model)
+    std_of = recipe.parametrization.std_of(after)
+    model = apply.grow_model(state.model, growths, seed=recipe.seed + number, std_of=std_of)
+    batch = setting.train_stream.sequential(0, 1)
+    kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
+    if all(growth.exact for growth in growths) and kept.relative_difference > EXACT:
+        raise ModelError(
+            f"growth into stage {number + 1}",
+            found=f"logits that differ by {kept.relative_difference:.1e} of the largest",
+            expected=f"at most {EXACT:.0e}, as {', '.join(g.operator for g in growths)} promises",
+            mend="The checkpoint before the growth is intact; use depth: stack, and report this shape.",
+        )
+    layout = axes.discover(state.model.config.to_dict())
+    moments = apply.grow_moments(state.optimizer.state(), growths, layout)
+    progress = replace(state.progress, stage=number, stage_step=state.progress.step)
+    grown = _state(recipe, setting, after, model, progress, moments)
+    run.charge("grow", stage=number, step=progress.step)
+    after_loss = validate.now(grown)
+    run.log_metrics(
+        step=progress.step,
+        stage=number,
+        num_tokens=progress.tokens,
+        total_flos=progress.flops,
+        **spending(run),
+        growth=[growth.record() for growth in growths],
+        loss_before=before_loss.loss,
+        loss_after=after_loss.loss,
+        relative_difference=kept.relative_difference,
+    )
+    run.tell(
+        f"Grown into stage {number + 1} at step {progress.step}: "
+        f"held-out loss {before_loss.loss:.3f} -> {after_loss.loss:.3f}"
+    )
+    return grown

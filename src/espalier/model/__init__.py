@@ -1,0 +1,3 @@
+"""Model: build, load, name the axes of, and reshape causal language models."""
+
+METHODS: dict[str, str] = {}

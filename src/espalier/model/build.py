@@ -1,0 +1,68 @@
+"""Build, load and save models: Hugging Face's own classes, with initial values that are a function of seed and name."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from espalier.errors import ModelError
+from espalier.folder import ModelFolder
+from espalier.model.mup import Parametrization
+from espalier.spec import ModelSpec
+
+transformers_logging.disable_progress_bar()
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def build(spec: ModelSpec, parametrization: Parametrization, *, seed: int, eos_token_id: int = 0) -> PreTrainedModel:
+    """A new fp32 model of this shape on the CPU; every tensor is drawn from (seed, its name) alone."""
+    special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
+    config = AutoConfig.for_model(**spec.to_config(), **special)
+    config.architectures = None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    std_of = parametrization.std_of(spec)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                weight.copy_(draw(name, tuple(weight.shape), std_of(name, tuple(weight.shape)), seed))
+    return model
+
+
+def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Normal values of standard deviation `std`, the same for the same (seed, name, shape)."""
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
+    return torch.randn(shape, generator=generator) * std
+
+
+def load(folder: ModelFolder) -> PreTrainedModel:
+    """The model of a folder, in fp32 on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
+
+
+def save(model: PreTrainedModel, path: Path, tokenizer: Path | None) -> None:
+    """Write the model and its tokenizer's files into a folder."""
+    model.save_pretrained(path)
+    for name in TOKENIZER_FILES if tokenizer else ():
+        if (tokenizer / name).exists():  # type: ignore[operator]
+            shutil.copy(tokenizer / name, path / name)  # type: ignore[operator]
+
+
+def require_vocabulary(spec: ModelSpec, tokenizer_size: int, *, where: str) -> None:
+    """Refuse a tokenizer that makes ids for which the model has no row."""
+    if tokenizer_size > spec.vocab_size:
+        raise ModelError(
+            where,
+            found=f"a tokenizer of {tokenizer_size} ids and an embedding of {spec.vocab_size} rows",
+            expected="a row for every id",
+            mend=f"Set model.vocab_size={tokenizer_size}, or use the tokenizer that the model was trained with.",
+        )

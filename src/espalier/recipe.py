@@ -1,0 +1,273 @@
+"""Recipe: everything a step was told, as a frozen pydantic model whose printed form is YAML.
+
+A recipe is read, overridden (`train.learning_rate=3e-3`), printed in full, and stored where it was used.
+An unknown key, a wrong type or an impossible value ends in a `RecipeError` that names the file's line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from espalier.errors import RecipeError
+
+
+class Recipe(BaseModel):
+    """Base of every recipe: frozen, and no key that isn't known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def load(kind: type[R], path: Path | None = None, overrides: list[str] | None = None) -> R:
+    """Read a YAML (or JSON) file, apply `key.sub=value` overrides in order, and check the result."""
+    text = _read(path) if path else ""
+    return parse(kind, text, overrides or [], where=str(path) if path else "command line")
+
+
+def parse(kind: type[R], text: str, overrides: list[str], *, where: str) -> R:
+    """As `load`, from text; `where` names the text in errors."""
+    values, lines = _parse_yaml(text, where)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(kind, error, where, lines, overrides) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every key, derived ones too; `parse` reads it back to an equal recipe."""
+    return yaml.dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def schema(kind: type[Recipe]) -> str:
+    """JSON schema of a recipe, for editors and for people."""
+    return json.dumps(kind.model_json_schema(), indent=2)
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old, new) for every leaf in which two printed recipes differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((f"{prefix}{key}", before, after))
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise RecipeError(
+            str(path),
+            found=getattr(error, "strerror", None) or "bytes that aren't UTF-8",
+            expected="a recipe in YAML",
+            mend=f"Did you mean {path.parent / near[0]}?" if near else "Name a recipe file; recipes/ has some.",
+        ) from None
+
+
+def _parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple, int]]:
+    """The values of a YAML mapping and the line (from 1) of every key path."""
+    lines: dict[tuple, int] = {}
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _record_lines(node, (), lines)
+        values = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise RecipeError(
+            f"{where}:{mark.line + 1}" if mark else where,
+            found=getattr(error, "problem", None) or str(error),
+            expected="YAML",
+            mend="Check the indentation and quotes of that line.",
+        ) from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            where,
+            found=f"a {type(values).__name__}",
+            expected="keys and values",
+            mend="Write `key: value` lines.",
+        )
+    return values, lines
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 3e-4 as a number, as YAML 1.2 does, and refuses a key stated twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _as_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value.replace("_", ""))
+
+
+_Loader.add_constructor("tag:espalier:float", _as_float)
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:espalier:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _record_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int]) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            inner = (*path, key_node.value)
+            lines[inner] = key_node.start_mark.line + 1
+            _record_lines(value_node, inner, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _record_lines(item, (*path, index), lines)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.0.c=value` in nested mappings and lists; the value is YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(
+            f"argument {override!r}",
+            found="no `=`" if not equals else "no key before `=`",
+            expected="key=value, as in train.learning_rate=3e-3",
+            mend="Write key.sub=value.",
+        )
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    place: Any = values
+    for part in parents:
+        place = _step(place, part, override)
+    if isinstance(place, list):
+        place[_index(place, last, override)] = value
+    else:
+        place[last] = value
+
+
+def _step(place: Any, part: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, override)]
+    inner = place.get(part)
+    if inner is None:
+        inner = place[part] = {}
+    if not isinstance(inner, (dict, list)):
+        raise RecipeError(
+            f"argument {override!r}",
+            found=f"{part} = {inner!r}",
+            expected="a section",
+            mend=f"{part} has no keys below it.",
+        )
+    return inner
+
+
+def _index(place: list, part: str, override: str) -> int:
+    if part.isdecimal() and int(part) < len(place):
+        return int(part)
+    raise RecipeError(
+        f"argument {override!r}",
+        found=f"index {part!r}",
+        expected=f"0 to {len(place) - 1}" if place else "an item of a list that isn't empty",
+        mend="Name an item of the list by its number, from 0.",
+    )
+
+
+def _explain(
+    kind: type[Recipe], error: ValidationError, where: str, lines: dict[tuple, int], overrides: list[str]
+) -> RecipeError:
+    """The first pydantic complaint as a `RecipeError` with the line and, for a key, the nearest known one."""
+    complaint = error.errors()[0]
+    path = tuple(part for part in complaint["loc"] if not _is_union_branch(part, lines, complaint["loc"]))
+    key = ".".join(map(str, path))
+    place = _place(path, where, lines, overrides)
+    if complaint["type"] == "extra_forbidden":
+        known = known_keys(kind, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        return RecipeError(
+            f"{place}: {key}",
+            found=f"unknown key {str(path[-1])!r}",
+            expected=f"one of {', '.join(known)}",
+            mend=f"Did you mean {near[0]!r}?" if near else "Remove it.",
+        )
+    if complaint["type"] == "missing":
+        return RecipeError(
+            f"{place}: {key}",
+            found="nothing",
+            expected="a value",
+            mend=f"Set {key}=... or add it to the recipe.",
+        )
+    message = complaint["msg"].removeprefix("Value error, ")
+    own = complaint["type"] == "value_error"
+    return RecipeError(
+        f"{place}: {key}" if key else place,
+        found=message if own else _shown(complaint["input"]),
+        expected="values that fit together" if own else message[0].lower() + message[1:],
+        mend=f"Change {key or 'the recipe'}.",
+    )
+
+
+def _is_union_branch(part: str | int, lines: dict[tuple, int], loc: tuple) -> bool:
+    """pydantic names the branch of a union that it tried; people never wrote that name."""
+    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in ("int", "float", "str"))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _place(path: tuple, where: str, lines: dict[tuple, int], overrides: list[str]) -> str:
+    key = ".".join(map(str, path))
+    for override in reversed(overrides):
+        stated = override.partition("=")[0]
+        if key == stated or key.startswith(stated + "."):
+            return f"argument {override!r}"
+    while path and path not in lines:
+        path = path[:-1]
+    return f"{where}:{lines[path]}" if path in lines else where
+
+
+def known_keys(kind: type[BaseModel], path: tuple) -> list[str]:
+    """The keys that a recipe class accepts below `path`."""
+    models: list[type[BaseModel]] = [kind]
+    for part in path:
+        if isinstance(part, int):
+            continue
+        models = [
+            inner
+            for model in models
+            if part in model.model_fields
+            for inner in _models_in(model.model_fields[part].annotation)
+        ]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict) or get_args(annotation):
+        return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    return []

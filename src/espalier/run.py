@@ -1,0 +1,272 @@
+"""Run: the folder in which a verb works.
+
+    runs/NAME/recipe.yaml     the resolved recipe
+              plan.json       what was planned before anything was spent
+              ledger.jsonl    what it cost, entry by entry
+              metrics.jsonl   what was logged, step by step
+              checkpoint-N/   resumable states, whole or absent
+              final/          the model folder
+              report.html     the page
+              log.txt         everything, tracebacks too
+
+A method is given a Run and works; the run keeps the paper trail: recipe, ledger, signals, made.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import yaml
+
+from espalier import files, recipe
+from espalier.errors import RunError, UserError
+from espalier.folder import MADE, ModelFolder
+from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
+from espalier.recipe import Recipe
+
+RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
+    "recipe.yaml",
+    "plan.json",
+    "ledger.jsonl",
+    "metrics.jsonl",
+    "state.json",
+    "report.html",
+    "results.json",
+    "log.txt",
+)
+FINAL = "final"
+VERSIONED = ("espalier", "torch", "transformers", "tokenizers", "datasets")
+
+log = logging.getLogger("espalier")
+log.addHandler(logging.NullHandler())
+log.propagate = False  # the terminal is for people; tracebacks go to the run's log
+
+
+class Run:
+    """One run folder, held by one process at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        resolved: Recipe,
+        *,
+        cap: Cap | None = None,
+        tell: Callable[[str], None] = print,
+        since: float | None = None,
+    ) -> None:
+        self.folder, self.recipe, self.tell = folder, resolved, tell
+        self.rates = Rates()
+        self.ledger = Ledger(folder / LEDGER, cap)
+        self.energy: Callable[[], float] | None = None
+        self._kwh = 0.0
+        self._charged_until = since or time.time()
+        self.stop_signal: int | None = None
+        self._lock: int | None = None
+        self._handler: logging.Handler | None = None
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        resolved: Recipe,
+        *,
+        cap: Cap | None = None,
+        tell: Callable[[str], None] = print,
+        since: float | None = None,
+    ) -> Run:
+        """Make the folder, or take up the same recipe's unfinished run; another run's folder is refused.
+
+        `since` (seconds of the epoch) is when the time that the run is charged for began; now, if not stated.
+        """
+        if folder.exists() and not (folder / RECIPE).exists() and any(folder.iterdir()):
+            raise RunError(
+                str(folder),
+                found="a folder with other files",
+                expected="a new folder, or one that a run was started in",
+                mend="Choose another name=... or runs=FOLDER.",
+            )
+        with files.disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, resolved, cap=cap, tell=tell, since=since)
+        run._hold()
+        if (folder / RECIPE).exists():
+            run._same_recipe()
+            for name in files.remove_partials(folder):
+                tell(f"Removed {name}: it was never finished.")
+        else:
+            files.write_text(folder / RECIPE, recipe.dump(resolved))
+        run._log_to_file()
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """status ('running', 'finished', 'stopped', 'failed') and why."""
+        return read_json(self.folder / STATE, {"status": "running"})
+
+    def finish(self, status: str, reason: str = "") -> None:
+        """Record how the run ended."""
+        files.write_json(self.folder / STATE, {"status": status, "reason": reason, "time": time.time()})
+
+    def log_metrics(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with files.disk_errors(self.folder), (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop logged lines beyond `step`: that work is about to be done again."""
+        path = self.folder / METRICS
+        kept = [json.dumps(line) + "\n" for line in read_lines(path) if line.get("step", 0) <= step]
+        if path.exists():
+            files.write_text(path, "".join(kept))
+
+    @property
+    def uncharged_seconds(self) -> float:
+        """Time since the last entry; what a new process needed to get here counts too."""
+        return time.time() - self._charged_until
+
+    def charge(self, kind: str, *, tokens: float = 0.0, flops: float = 0.0, **where: Any) -> Cost:
+        """Enter the work stated, and all the time since the last entry, as `kind`: so no second goes uncounted.
+
+        `tokens` are training tokens; evaluation states its FLOPs alone.
+        """
+        seconds = self.uncharged_seconds
+        self._charged_until += seconds
+        cost, measured = self.rates.cost(seconds, tokens=tokens, flops=flops), self.rates.measured
+        if self.energy is not None:
+            reading = self.energy()
+            kwh, self._kwh = reading - self._kwh, reading
+            cost = replace(cost, kwh=kwh, kgco2e=kwh * self.rates.kgco2e_per_kwh)
+            measured = (*measured, "kwh")
+        with files.disk_errors(self.folder):
+            self.ledger.add(Entry(kind, cost, measured=measured, **where))
+        return cost
+
+    def affords(self, cost: Cost) -> bool:
+        """Whether `cost` more, on top of the time not yet charged, stays within the cap."""
+        return self.ledger.allows(self.rates.cost(self.uncharged_seconds) + cost)
+
+    def price(self, rates: Rates, energy: Callable[[], float] | None = None) -> None:
+        """Set what a second costs from here on; `energy` reads a real meter in kWh."""
+        self.rates, self.energy = rates, energy
+        self._kwh = energy() if energy else 0.0
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Turn the first Ctrl-C or SIGTERM into `stop_signal`; a second one interrupts at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.tell(f"{signal.Signals(number).name}: saving after this step; once more to stop at once.")
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def made(self, method: str, *, seed: int, parents: tuple[ModelFolder, ...] = (), **more: Any) -> dict[str, Any]:
+        """The content of made.json for a model that this run makes."""
+        return {
+            "method": method,
+            "run": self.name,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "seed": seed,
+            "parents": [{"name": p.path.name, "fingerprint": p.fingerprint(), "made": p.made} for p in parents],
+            "versions": {name: _version(name) for name in VERSIONED},
+            "cost": vars(self.ledger.total),
+            **more,
+        }
+
+    def write_made(self, folder: Path, made: dict[str, Any]) -> None:
+        """Put made.json into a model folder that is still being written."""
+        files.write_json(folder / MADE, made)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Let go of the folder; an error goes to log.txt with its traceback and becomes the run's status."""
+        if isinstance(error, Exception):
+            log.error("%s", error, exc_info=error)
+            error.log = self.folder / LOG  # type: ignore[attr-defined]
+            with contextlib.suppress(OSError, UserError):  # the first error matters more than a full disk
+                self.finish("failed", str(error))
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        if self._handler is not None:
+            log.removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+    def _hold(self) -> None:
+        self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            raise RunError(
+                str(self.folder),
+                found="another process at work in it",
+                expected="a run that nobody holds",
+                mend="Wait for it, stop it, or choose another name=...",
+            ) from None
+
+    def _same_recipe(self) -> None:
+        stored = yaml.safe_load((self.folder / RECIPE).read_text(encoding="utf-8"))
+        differing = recipe.changes(stored, yaml.safe_load(recipe.dump(self.recipe)))
+        if differing:
+            self.close()
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differing[:5])
+            raise RunError(
+                str(self.folder),
+                found=f"another run ({shown})",
+                expected="the recipe that the folder was started with",
+                mend="Choose another name=..., or delete the folder.",
+            )
+
+    def _log_to_file(self) -> None:
+        self._handler = logging.FileHandler(self.folder / LOG, encoding="utf-8", delay=True)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._handler)
+        log.setLevel(logging.INFO)
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """A JSON file's value, or `default` when there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last one that a crash cut short is left out."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            yield json.loads(line)
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)

@@ -1,0 +1,251 @@
+"""Story: what a run folder has to say, as tables on the terminal and as the page. Reads files only; no torch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from espalier import page, units
+from espalier.budget.plan import Plan, StagePlan
+from espalier.errors import RunError
+from espalier.folder import ModelFolder
+from espalier.ledger import Cap, Cost, Ledger
+from espalier.report import Report
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, read_json, read_lines
+from espalier.spec import ModelSpec
+
+PLANNED = ("tokens", "flops", "seconds", "usd", "kwh")
+
+
+class Story:
+    """A run folder's files, read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        planned = read_json(folder / PLAN, None)
+        if planned is None:
+            raise RunError(
+                str(folder),
+                found="no plan.json: the run ended before it was planned",
+                expected="a run that has begun to train",
+                mend="Run its recipe again.",
+            )
+        self.plan = Plan.from_json(planned["plan"])
+        self.device, self.hardware = planned["device"], planned["hardware"]
+        self.ledger = Ledger(folder / LEDGER)
+        self.metrics = list(read_lines(folder / METRICS))
+        self.results = Report.load(folder / RESULTS) if (folder / RESULTS).exists() else None
+        final = folder / FINAL
+        self.made = ModelFolder(final).made if final.exists() else None
+        self.measured = set(self.ledger.entries[-1].measured) if self.ledger.entries else set()
+
+    @property
+    def trained(self) -> Cost:
+        """What the training steps took, all stages together."""
+        return self.ledger.spent(kind="train")
+
+    def basis(self, resource: str) -> Any:
+        """Tokens and FLOPs are counted exactly; seconds come from a clock; money never from a meter."""
+        exact = resource in ("tokens", "flops") or resource in self.measured
+        return "measured" if exact else "estimated"
+
+    def plan_rows(self) -> list[page.PlanRow]:
+        trained, total = self.trained, self.ledger.total
+        names = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time", "usd": "Money", "kwh": "Energy"}
+        rows = [
+            page.PlanRow(f"{names[r]}, training", r, getattr(self.plan.total, r), getattr(trained, r), self.basis(r))
+            for r in PLANNED
+        ]
+        rows += [
+            page.PlanRow(f"{names[r]}, everything", r, None, getattr(total, r), self.basis(r))
+            for r in ("flops", "seconds", "usd", "kwh")
+        ]
+        return rows
+
+    def alternatives(self) -> list[page.Alternative]:
+        grown, scratch = self.trained, self.plan.from_scratch
+        note = f"estimated: the same {units.count(self.plan.total.tokens)} tokens at the final size throughout"
+        return [
+            page.Alternative(name, c.tokens, c.flops, c.seconds, c.usd, c.kwh, text)
+            for name, c, text in (("Grown (this run)", grown, "as metered"), ("From scratch", scratch, note))
+        ]
+
+    def stages(self) -> list[page.StageRow]:
+        rows = []
+        for number, stage in enumerate(self.plan.stages):
+            spent = self.ledger.spent(kind="train", stage=number)
+            losses = [m["eval_loss"] for m in self.metrics if m["stage"] == number and "eval_loss" in m]
+            loss = losses[-1] if losses else None
+            rows.append(
+                page.StageRow(
+                    f"Stage {number + 1}",
+                    shape(stage.spec),
+                    stage.parameters,
+                    spent.tokens,
+                    spent.flops,
+                    spent.seconds,
+                    loss,
+                )
+            )
+        return rows
+
+    def growth(self) -> list[page.GrowthPoint]:
+        found = []
+        for line in self.metrics:
+            if "growth" in line:
+                before, after = (self.plan.stages[line["stage"] - 1], self.plan.stages[line["stage"]])
+                at = self._point(line, line["loss_after"])
+                found.append(
+                    page.GrowthPoint(
+                        grown(before, after),
+                        at.tokens,
+                        at.flops,
+                        at.usd,
+                        at.seconds,
+                        at.step,
+                        line["loss_before"],
+                        line["loss_after"],
+                    )
+                )
+        return found
+
+    def curves(self) -> list[page.Curve]:
+        train = [self._point(m, m["loss"]) for m in self.metrics if "loss" in m]
+        held_out = [self._point(m, m["eval_loss"]) for m in self.metrics if "eval_loss" in m]
+        return [page.Curve("training", train, "train"), page.Curve("held out", held_out, "validation")]
+
+    def _point(self, line: dict[str, Any], loss: float) -> page.Point:
+        return page.Point(line["num_tokens"], line["total_flos"], line["cost_usd"], line["seconds"], line["step"], loss)
+
+    def headline(self) -> list[page.Figure]:
+        trained, scratch, total = self.trained, self.plan.from_scratch, self.ledger.total
+        figures = []
+        if self.results:
+            loss, bpb = (self.results.value("held-out", name) for name in ("loss", "bpb"))
+            figures.append(page.Figure("Held-out loss", f"{loss:.3f}", f"nats a token; {bpb:.3f} bits a byte"))
+        share = trained.flops / (scratch.flops * trained.tokens / scratch.tokens) if trained.tokens else 0.0
+        figures += [
+            page.Figure("Cost of the run", units.money(total.usd), "everything in it, estimated from the hour's price"),
+            page.Figure("Device time", units.duration(total.seconds), "measured, data and evaluation included"),
+            page.Figure("Compute", f"{share:.0%}", "of training the final size from scratch on the same tokens"),
+        ]
+        return figures
+
+    def lineage(self) -> list[page.Ancestor]:
+        stages = self.plan.stages
+        line = [page.Ancestor(shape(stages[0].spec), "new weights", f"{units.count(stages[0].parameters)} parameters")]
+        for point, stage in zip(self.growth(), stages[1:], strict=False):
+            method = f"grown at {units.count(point.tokens)} tokens"
+            detail = f"{point.label}; held-out loss {point.loss_before:.3f} → {point.loss_after:.3f}"
+            line.append(page.Ancestor(f"{shape(stage.spec)}", method, detail))
+        return line
+
+    def view(self) -> page.View:
+        seen = self.results.context.get("samples", []) if self.results else []
+        device, row = self.device, self.hardware
+        return page.View(
+            title=self.folder.name,
+            subtitle=f"{shape(self.plan.stages[-1].spec)}, grown in {len(self.plan.stages)} stages",
+            made_at=time.strftime("%Y-%m-%d %H:%M", time.localtime((self.folder / LEDGER).stat().st_mtime)),
+            headline=self.headline(),
+            curves=[curve for curve in self.curves() if curve.points],
+            growth=self.growth(),
+            plan=self.plan_rows(),
+            alternatives=self.alternatives(),
+            stages=self.stages(),
+            samples=[page.Sample(prompt, completion) for prompt, completion in seen],
+            lineage=self.lineage(),
+            results=self.results.rows if self.results else [],
+            recipe=(self.folder / RECIPE).read_text(encoding="utf-8"),
+            machine={
+                "device": row["name"],
+                "threads": str(device["threads"]),
+                "matmuls": device["compute"],
+                "compiled": device["compile"],
+                "matmul peak": units.si(row["peak_flops"][device["compute"]], "FLOP/s"),
+                **(self.made or {}).get("versions", {}),
+            },
+            notes=[f"{kind}: {units.duration(seconds)}" for kind, seconds in self.time_by_kind().items()],
+        )
+
+    def time_by_kind(self) -> dict[str, float]:
+        """Seconds by what they were spent on, the most first."""
+        kinds = {entry.kind for entry in self.ledger.entries}
+        seconds = {kind: self.ledger.spent(kind=kind).seconds for kind in kinds}
+        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def write_page(folder: Path) -> Path:
+    """Write the run's page; its path."""
+    page.save(Story(folder).view(), folder / PAGE)
+    return folder / PAGE
+
+
+def tell(folder: Path) -> None:
+    """Plan against fact and grown against from scratch, in one table; then the stages and the samples."""
+    story = Story(folder)
+    console = Console()
+    table = Table("", "planned", "fact", "fact / plan", "from scratch", "fact / scratch", box=None, pad_edge=False)
+    fact = story.trained
+    for name in PLANNED:
+        planned, actual, scratch = (getattr(c, name) for c in (story.plan.total, fact, story.plan.from_scratch))
+        mark = "" if story.basis(name) == "measured" else " (estimated)"
+        table.add_row(
+            f"training {name}{mark}",
+            units.amount(planned, name),
+            units.amount(actual, name),
+            f"{actual / planned:.2f}" if planned else "",
+            units.amount(scratch, name),
+            f"{actual / scratch:.2f}" if scratch else "",
+        )
+    console.print(table)
+    total = story.ledger.total
+    console.print(f"the whole run: {units.duration(total.seconds)}, {units.money(total.usd)}")
+    for row in story.stages():
+        loss = f", held-out loss {row.loss:.3f}" if row.loss is not None else ""
+        console.print(f"{row.name}: {row.shape}, {units.count(row.parameters)} parameters{loss}", highlight=False)
+    for prompt, completion in story.results.context.get("samples", []) if story.results else []:
+        console.print(f"[dim]sample[/dim] [bold]{_escaped(prompt)}[/bold]{_escaped(completion)}", highlight=False)
+
+
+def tell_plan(plan: Plan, cap: Cap) -> None:
+    """The plan, a line a stage, before anything is trained."""
+    table = Table("stage", "shape", "parameters", "tokens", "FLOPs", "time", "cost", box=None, pad_edge=False)
+    for number, stage in enumerate(plan.stages, start=1):
+        table.add_row(
+            str(number),
+            shape(stage.spec),
+            units.count(stage.parameters),
+            units.count(stage.cost.tokens),
+            units.si(stage.cost.flops, "FLOP"),
+            units.duration(stage.cost.seconds),
+            units.money(stage.cost.usd),
+        )
+    console = Console()
+    console.print(table)
+    share = cap.share_spent(plan.total)
+    console.print(f"speeds {plan.basis}" + (f"; {share:.0%} of the budget" if share else ""))
+
+
+def shape(spec: ModelSpec) -> str:
+    """A shape in a few words."""
+    return f"{spec.num_hidden_layers} layers × {spec.hidden_size}"
+
+
+def grown(before: StagePlan, after: StagePlan) -> str:
+    """What a growth changed, in a few words."""
+    words = {"num_hidden_layers": "layers", "hidden_size": "wide", "intermediate_size": "feed-forward"}
+    changed = [
+        f"{getattr(before.spec, key)} → {getattr(after.spec, key)} {word}"
+        for key, word in words.items()
+        if getattr(before.spec, key) != getattr(after.spec, key)
+    ]
+    return ", ".join(changed[:2])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")

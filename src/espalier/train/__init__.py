@@ -1,0 +1,3 @@
+"""Training: one loop, to which objectives, schedules and moments are passed."""
+
+METHODS: dict[str, str] = {}

@@ -1,0 +1,68 @@
+"""Where and how the arithmetic runs, decided once per run and kept in its plan: a resumed run does the same.
+
+Applied to a model from outside, in this order: device, attention, compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from espalier.data.stream import Batch
+
+Attention = Literal["sdpa", "eager", "espalier"]
+
+
+# How many graphs one layer class may have: a few for every width that a run grows through.
+GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class Device:
+    """threads: of the CPU; compute: dtype of the matmuls (weights stay fp32); compile: 'layers' or 'off'."""
+
+    kind: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+    compute: Literal["bfloat16", "float32"] = "float32"
+    compile: Literal["layers", "off"] = "off"
+    attention: Attention = "sdpa"
+
+    def set_threads(self) -> None:
+        torch.set_num_threads(self.threads)
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Move a model here and prepare its layers.
+
+        Layers are compiled one by one: they share one graph, so a deeper model compiles no longer than a shallow
+        one and a growth in depth compiles nothing.
+        """
+        model.to(self.kind)
+        model.set_attn_implementation(self.attention)
+        if self.compile == "layers":
+            torch._dynamo.config.recompile_limit = GRAPHS
+            for layer in model.base_model.layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
+
+    def release(self, model: PreTrainedModel) -> None:
+        """Undo the compilation, for inputs of other shapes than training's."""
+        for layer in model.base_model.layers:
+            vars(layer).pop("forward", None)
+
+    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """input_ids, labels and position_ids (or None) of a batch, here."""
+        positions = batch.position_ids
+        return (
+            torch.from_numpy(batch.input_ids).to(self.kind),
+            torch.from_numpy(batch.labels).to(self.kind),
+            None if positions is None else torch.from_numpy(positions).to(self.kind),
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which forward passes run."""
+        dtype = getattr(torch, self.compute)
+        return torch.autocast(self.kind, dtype=dtype, enabled=self.compute != "float32")

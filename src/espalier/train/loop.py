@@ -1,0 +1,172 @@
+"""The training loop: short, and with no algorithm in it.
+
+What is learned (objective), how fast (rate), how long (steps), what is watched (moments) and what it may cost
+(meter) are passed in. The state goes from step to step; a checkpoint is the state on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from espalier.data.stream import Batch, Stream
+from espalier.errors import NumericsError
+from espalier.ledger import Cost
+from espalier.run import Run
+from espalier.spec import ModelSpec
+from espalier.train.checkpoint import Progress
+from espalier.train.device import Device
+from espalier.train.optim import Optimizer
+
+Objective = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None], Tensor]
+Ending = Literal["done", "budget", "signal"]
+
+
+@dataclass
+class State:
+    """What training changes: the model with its optimizer, and how far it is."""
+
+    spec: ModelSpec
+    model: PreTrainedModel
+    optimizer: Optimizer
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one stretch of training is told. rows = sequences per update, micro_rows = per forward pass."""
+
+    until_step: int
+    rows: int
+    micro_rows: int
+    flops_per_token: float
+    factor: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update was: mean loss (nats a token), gradient norm before clipping, rate factor, seconds."""
+
+    loss: float
+    grad_norm: float
+    factor: float
+    tokens: int
+    flops: float
+    seconds: float
+
+
+Moment = Callable[[State, Step], None]
+
+
+class Meter:
+    """Puts steps into the run's ledger about once a second, and says whether one more fits the budget.
+
+    `reserve` is kept back for what has to follow: the last evaluation and the export.
+    """
+
+    def __init__(self, run: Run, reserve: Cost, *, every_seconds: float = 1.0) -> None:
+        self.run, self.reserve, self.every_seconds = run, reserve, every_seconds
+        self._pending = Cost()
+        self._dearest = Cost()
+
+    def expect(self, step: Cost) -> None:
+        """State what a step of the coming stage should cost, before the first is done."""
+        self._dearest = step
+
+    def allows_another(self) -> bool:
+        """Whether the dearest step of the stage could be paid once more, the reserve untouched."""
+        return self.run.affords(self._pending + self._dearest + self.reserve)
+
+    def count(self, state: State, step: Step) -> None:
+        """Note a step that was done."""
+        self._pending = self._pending + Cost(tokens=step.tokens, flops=step.flops)
+        cost = self.run.rates.cost(step.seconds, tokens=step.tokens, flops=step.flops)
+        self._dearest = Cost(*map(max, vars(self._dearest).values(), vars(cost).values()))
+        if self.run.uncharged_seconds >= self.every_seconds:
+            self.flush(state)
+
+    def flush(self, state: State) -> None:
+        """Write what is pending, with all the time since the last entry."""
+        progress, pending = state.progress, self._pending
+        self.run.charge("train", tokens=pending.tokens, flops=pending.flops, stage=progress.stage, step=progress.step)
+        self._pending = Cost()
+
+
+def train(
+    state: State,
+    stream: Stream,
+    segment: Segment,
+    objective: Objective,
+    device: Device,
+    meter: Meter,
+    moments: Sequence[Moment] = (),
+) -> Ending:
+    """Train until the segment's last step, the budget or a signal; the state is always that of a finished step."""
+    try:
+        while state.progress.step < segment.until_step:
+            if meter.run.stop_signal is not None:
+                return "signal"
+            if not meter.allows_another():
+                return "budget"
+            step = update(state, stream, segment, objective, device)
+            meter.count(state, step)
+            for moment in moments:
+                moment(state, step)
+        return "done"
+    finally:
+        meter.flush(state)
+
+
+def update(state: State, stream: Stream, segment: Segment, objective: Objective, device: Device) -> Step:
+    """One optimizer step. `NumericsError` before any weight changes if the loss or a gradient isn't finite."""
+    begin = time.perf_counter()
+    progress = state.progress
+    batch = stream.batch(progress.samples, segment.rows)
+    factor = segment.factor(progress.step)
+    state.optimizer.set_factor(factor)
+    loss = backward(state.model, batch, segment.micro_rows, objective, device)
+    grad_norm = float(state.optimizer.clip())
+    require_finite(loss, grad_norm, progress)
+    state.optimizer.step()
+    tokens = batch.input_ids.size
+    flops = tokens * segment.flops_per_token
+    state.progress = replace(
+        progress,
+        step=progress.step + 1,
+        samples=progress.samples + segment.rows,
+        tokens=progress.tokens + tokens,
+        flops=progress.flops + flops,
+    )
+    return Step(loss, grad_norm, factor, tokens, flops, time.perf_counter() - begin)
+
+
+def backward(model: PreTrainedModel, batch: Batch, micro_rows: int, objective: Objective, device: Device) -> float:
+    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the mean loss."""
+    labelled = int((batch.labels >= 0).sum())
+    total = torch.zeros((), device=device.kind)
+    for begin in range(0, len(batch.input_ids), micro_rows):
+        inputs, labels, positions = device.tensors(batch.rows(begin, begin + micro_rows))
+        with device.autocast():
+            loss = objective(model, inputs, labels, positions) / labelled
+        loss.backward()
+        total += loss.detach()
+    return float(total)
+
+
+def require_finite(loss: float, grad_norm: float, progress: Progress) -> None:
+    """Refuse an update from numbers that aren't finite."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise NumericsError(
+        f"step {progress.step + 1} (samples from {progress.samples})",
+        found=f"loss {loss}, gradient norm {grad_norm}",
+        expected="finite numbers",
+        mend="No update was made and the last checkpoint is intact. Lower optimizer.learning_rate, then run again.",
+    )

@@ -1,0 +1,51 @@
+"""Held-out loss, in nats a token and in bits a byte (comparable between vocabularies)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from espalier.data.stream import Stream
+from espalier.train.device import Device
+from espalier.train.loop import Objective
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """loss: nats a token; bpb: bits a byte of text; tokens: how many labels; stderr: of the loss, over rows."""
+
+    loss: float
+    bpb: float
+    tokens: int
+    stderr: float
+
+
+def validate(
+    model: PreTrainedModel,
+    stream: Stream,
+    byte_lengths: np.ndarray,
+    objective: Objective,
+    device: Device,
+    *,
+    rows: int,
+    micro_rows: int,
+) -> HeldOut:
+    """The loss over the first `rows` rows of a stream, always the same ones. byte_lengths: bytes of each token id."""
+    rows = min(rows, stream.rows)
+    losses, labels, text_bytes = [], 0, 0
+    with torch.no_grad(), device.autocast():
+        for begin in range(0, rows, micro_rows):
+            batch = stream.sequential(begin, min(micro_rows, rows - begin))
+            inputs, targets, positions = device.tensors(batch)
+            losses.append(float(objective(model, inputs, targets, positions)))
+            kept = batch.labels[batch.labels >= 0]
+            labels += kept.size
+            text_bytes += int(byte_lengths[kept].sum())
+    loss = sum(losses) / labels
+    means = np.array(losses) / (labels / len(losses))
+    stderr = float(means.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else 0.0
+    return HeldOut(loss, sum(losses) / math.log(2) / max(text_bytes, 1), labels, stderr)
