@@ -48,7 +48,10 @@ class Dataset:
     def open(cls, path: Path | str) -> Dataset:
         """Open a dataset that Espalier wrote, checked against its manifest."""
         path = Path(path)
-        if damage := files.damage(path):
+        damage = files.damage(path)
+        if damage is None and not (path / CARD).exists():
+            damage = f"{path.name} has no {CARD}"
+        if damage:
             raise DataError(
                 str(path),
                 found=damage,

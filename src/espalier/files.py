@@ -19,6 +19,7 @@ from espalier.errors import ResourceError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
+RETIRED = ".retired-"
 
 
 def home() -> Path:
@@ -43,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file's bytes in one step; on any failure the old file is still there."""
+    """Replace a file's bytes in one step; after any failure the old file or the new one is there."""
     partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     with disk_errors(path, len(content)):
         try:
@@ -68,11 +69,11 @@ def whole_folder(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
 
     An existing folder at `path` is replaced only then. `need_bytes` is checked against the free space first.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    require_space(path.parent, need_bytes)
     partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(path, need_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, need_bytes)
+        shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
             yield partial
@@ -80,18 +81,20 @@ def whole_folder(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
             for entry in partial.rglob("*"):
                 _sync(entry)
             _sync(partial)
-            retired = _retire(path)
-            partial.rename(path)
-            _sync(path.parent)
-            if retired:
-                shutil.rmtree(retired)
+            _replace_folder(path, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 def remove_partials(folder: Path) -> list[str]:
-    """Delete what interrupted writers left in `folder`; the names of what was removed."""
+    """Delete what interrupted writers left in `folder`; the names of what was removed.
+
+    A folder that was about to be replaced, and whose successor isn't there, gets its name back.
+    """
+    for retired in folder.glob(f"{RETIRED}*"):
+        _restore(folder / retired.name.removeprefix(RETIRED))
+        shutil.rmtree(retired, ignore_errors=True)
     left = sorted(entry for entry in folder.glob(f"{PARTIAL}*"))
     for entry in left:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -103,7 +106,7 @@ def write_manifest(folder: Path) -> None:
     files = {
         str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
     write_json(folder / MANIFEST, {"files": files})
 
@@ -111,12 +114,13 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that should match its manifest, in a line; None when it matches."""
     try:
-        recorded = json.loads((folder / MANIFEST).read_text())["files"]
+        entries = json.loads((folder / MANIFEST).read_text())["files"].items()
+        recorded = [(name, {"bytes": entry["bytes"], "sha256": entry["sha256"]}) for name, entry in entries]
     except FileNotFoundError:
         return f"{folder.name} has no {MANIFEST}: it was never finished"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder.name}/{MANIFEST} can't be read"
-    for name, entry in recorded.items():
+    for name, entry in recorded:
         path = folder / name
         if not path.is_file():
             return f"{folder.name}/{name} is missing"
@@ -141,7 +145,8 @@ def disk_errors(path: Path, need_bytes: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _disk_full(path, need_bytes, shutil.disk_usage(path.parent).free) from error
+            there = next(parent for parent in path.absolute().parents if parent.exists())
+            raise _disk_full(path, need_bytes, shutil.disk_usage(there).free) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             raise ResourceError(
                 str(path),
@@ -162,12 +167,29 @@ def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:
     )
 
 
-def _retire(path: Path) -> Path | None:
-    if not path.exists():
-        return None
-    retired = path.with_name(f"{PARTIAL}old-{path.name}-{os.getpid()}")
-    path.rename(retired)
-    return retired
+def _replace_folder(path: Path, new: Path) -> None:
+    """Rename `new` to `path`. A folder can't be renamed over another, so the old one steps aside first."""
+    retired = _retired(path)
+    try:
+        if path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+            path.rename(retired)
+        new.rename(path)
+    except BaseException:
+        _restore(path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _restore(path: Path) -> None:
+    """Give a folder that stepped aside its name back, unless its successor has it."""
+    if _retired(path).exists() and not path.exists():
+        _retired(path).rename(path)
+
+
+def _retired(path: Path) -> Path:
+    return path.with_name(f"{RETIRED}{path.name}")
 
 
 def _sync(path: Path) -> None:

@@ -74,12 +74,10 @@ class ModelFolder:
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, in order; pickled weights and paths that leave the folder are refused."""
-        if (self.path / INDEX).exists():
-            names = sorted(set(_read_json(self.path / INDEX)["weight_map"].values()))
-        else:
-            names = [WEIGHTS]
+        names = _indexed(self.path / INDEX) if (self.path / INDEX).exists() else [WEIGHTS]
         for name in names:
-            inside = (self.path / name).resolve().is_relative_to(self.path.resolve())
+            # Links are the user's own, as in the Hub's cache; only a name can lead where the user didn't point.
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if not inside or not name.endswith(".safetensors") or not (self.path / name).is_file():
                 pickled = next(iter(sorted(p.name for p in self.path.glob("*.bin"))), None)
                 raise ModelError(
@@ -106,6 +104,19 @@ class ModelFolder:
         while made:
             yield made
             made = next((parent["made"] for parent in made.get("parents", []) if parent.get("made")), None)
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index of weights names."""
+    shards = _read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(
+            f"{path}: weight_map",
+            found="no file names" if shards is None else repr(shards)[:80],
+            expected="a file name for every tensor",
+            mend="Restore the file.",
+        )
+    return sorted(set(shards.values()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

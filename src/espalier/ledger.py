@@ -11,7 +11,9 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from espalier.errors import RunError
 
 RESOURCES = ("tokens", "flops", "seconds", "usd", "kwh", "kgco2e")
 
@@ -75,8 +77,8 @@ class Cap:
         return next((name for name in RESOURCES if getattr(cost, name) > getattr(self, name)), None)
 
     def share_spent(self, cost: Cost) -> float:
-        """The largest share of any capped resource that `cost` takes; 0 without a cap."""
-        return max(getattr(cost, name) / getattr(self, name) for name in RESOURCES)
+        """The largest share of any capped resource that `cost` takes; 0 without a cap, infinite of a cap of 0."""
+        return max(_share(getattr(cost, name), getattr(self, name)) for name in RESOURCES)
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,11 @@ class Ledger:
         self.total = sum((entry.cost for entry in self.entries), Cost())
 
     def add(self, entry: Entry) -> None:
-        """Append an entry; it is on the disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(entry.to_json() + "\n")
+        """Append an entry; it is on the disk when this returns. A last line that was cut short is removed first."""
+        line = (entry.to_json() + "\n").encode()
+        with self.path.open("a+b") as file:
+            _cut_torn_line(file)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(entry)
@@ -130,12 +134,37 @@ class Ledger:
 
 
 def read(path: Path) -> list[Entry]:
-    """The entries of a ledger file; a last line that a crash cut short is dropped."""
+    """The entries of a ledger file; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole = lines[:-1]  # a finished line ends with a newline, so what follows the last one is a torn write
-    if lines[-1]:
-        with path.open("r+b") as file:
-            file.truncate(len("".join(line + "\n" for line in whole).encode()))
-    return [Entry.from_json(line) for line in whole]
+    whole = path.read_bytes().split(b"\n")[:-1]  # a finished line ends with a newline
+    return [_entry(path, number, line) for number, line in enumerate(whole, start=1)]
+
+
+def _entry(path: Path, number: int, line: bytes) -> Entry:
+    try:
+        return Entry.from_json(line.decode())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(
+            f"{path}:{number}",
+            found="a line that isn't an entry",
+            expected="a ledger that only Espalier writes",
+            mend="Restore the file, or delete the line and with it what it says was spent.",
+        ) from None
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    """Truncate a file to its whole lines."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _share(amount: float, cap: float) -> float:
+    if not amount or math.isinf(cap):
+        return 0.0
+    return amount / cap if cap else math.inf

@@ -42,12 +42,18 @@ def parse(kind: type[R], text: str, overrides: list[str], *, where: str) -> R:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _explain(kind, error, where, lines, overrides) from None
+        raise _explain(kind, error, where, values, lines, overrides) from None
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key, derived ones too; `parse` reads it back to an equal recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    values = recipe.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file as they stand, unchecked."""
+    return _parse_yaml(_read(path), str(path))[0]
 
 
 def schema(kind: type[Recipe]) -> str:
@@ -55,11 +61,13 @@ def schema(kind: type[Recipe]) -> str:
     return json.dumps(kind.model_json_schema(), indent=2)
 
 
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def changes(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old, new) for every leaf in which two printed recipes differ."""
     found: list[tuple[str, Any, Any]] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
+        if isinstance(before, list) and isinstance(after, list):
+            before, after = dict(enumerate(before)), dict(enumerate(after))
         if isinstance(before, dict) and isinstance(after, dict):
             found += changes(before, after, f"{prefix}{key}.")
         elif before != after:
@@ -85,17 +93,24 @@ def _parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple, int]
     lines: dict[tuple, int] = {}
     try:
         node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
         if node is not None:
             _record_lines(node, (), lines)
-        values = yaml.load(text, Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+    except yaml.MarkedYAMLError as error:
+        assert error.problem_mark, "every problem of a parser has its place"
         raise RecipeError(
-            f"{where}:{mark.line + 1}" if mark else where,
-            found=getattr(error, "problem", None) or str(error),
+            f"{where}:{error.problem_mark.line + 1}",
+            found=str(error.problem).removeprefix("found "),
             expected="YAML",
             mend="Check the indentation and quotes of that line.",
         ) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{where}:{line}", found=f"the character {chr(error.character)!r}", expected="text", mend="Remove it."
+        ) from None
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise RecipeError(
             where,
@@ -107,29 +122,48 @@ def _parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple, int]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 3e-4 as a number, as YAML 1.2 does, and refuses a key stated twice."""
+    """Safe YAML with the plain values of YAML 1.2, and no key stated twice.
+
+    So 3e-4 is a number, and `on`, `off`, 1:30 and 2026-07-01 are the words that they look like.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else key_node
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r} twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _as_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(node.value.replace("_", ""))
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that either version of YAML would read as something else."""
 
 
-_Loader.add_constructor("tag:espalier:float", _as_float)
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:espalier:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Unicode's own line breaks survive only as escapes.
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+# The pattern and the possible first characters of each kind of plain value.
+_PLAIN = {
+    "null": ("|~|null|Null|NULL", ["", *"~nN"]),
+    "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": ("[-+]?[0-9][0-9_]*", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": ("<<", ["<"]),
+}
+_Loader.yaml_implicit_resolvers = {}
+for _name, (_pattern, _first) in _PLAIN.items():
+    for _end in (_Loader, _Dumper):
+        _end.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+_Dumper.add_representer(str, _represent_text)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
 def _record_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int]) -> None:
@@ -196,11 +230,24 @@ def _index(place: list, part: str, override: str) -> int:
 
 
 def _explain(
-    kind: type[Recipe], error: ValidationError, where: str, lines: dict[tuple, int], overrides: list[str]
+    kind: type[Recipe],
+    error: ValidationError,
+    where: str,
+    values: dict[str, Any],
+    lines: dict[tuple, int],
+    overrides: list[str],
 ) -> RecipeError:
     """The first pydantic complaint as a `RecipeError` with the line and, for a key, the nearest known one."""
     complaint = error.errors()[0]
-    path = tuple(part for part in complaint["loc"] if not _is_union_branch(part, lines, complaint["loc"]))
+    path = _written(complaint["loc"], values)
+    if complaint["type"] == "missing":
+        key = ".".join(map(str, (*path, complaint["loc"][-1])))
+        return RecipeError(
+            f"{_place(path, where, lines, overrides)}: {key}",
+            found="nothing",
+            expected="a value",
+            mend=f"Set {key}=... or add it to the recipe.",
+        )
     key = ".".join(map(str, path))
     place = _place(path, where, lines, overrides)
     if complaint["type"] == "extra_forbidden":
@@ -212,13 +259,6 @@ def _explain(
             expected=f"one of {', '.join(known)}",
             mend=f"Did you mean {near[0]!r}?" if near else "Remove it.",
         )
-    if complaint["type"] == "missing":
-        return RecipeError(
-            f"{place}: {key}",
-            found="nothing",
-            expected="a value",
-            mend=f"Set {key}=... or add it to the recipe.",
-        )
     message = complaint["msg"].removeprefix("Value error, ")
     own = complaint["type"] == "value_error"
     return RecipeError(
@@ -229,9 +269,15 @@ def _explain(
     )
 
 
-def _is_union_branch(part: str | int, lines: dict[tuple, int], loc: tuple) -> bool:
-    """pydantic names the branch of a union that it tried; people never wrote that name."""
-    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in ("int", "float", "str"))
+def _written(loc: tuple[str | int, ...], values: Any) -> tuple[str | int, ...]:
+    """The steps of a location that lead somewhere in `values`: pydantic also names the branches of unions."""
+    path: list[str | int] = []
+    for part in loc:
+        steps = dict(enumerate(values)) if isinstance(values, list) else values
+        if isinstance(steps, dict) and part in steps:
+            values = steps[part]
+            path.append(part)
+    return tuple(path)
 
 
 def _shown(value: object) -> str:
@@ -243,7 +289,8 @@ def _place(path: tuple, where: str, lines: dict[tuple, int], overrides: list[str
     key = ".".join(map(str, path))
     for override in reversed(overrides):
         stated = override.partition("=")[0]
-        if key == stated or key.startswith(stated + "."):
+        made_section = path not in lines and stated.startswith(key + ".")
+        if key == stated or key.startswith(stated + ".") or made_section:
             return f"argument {override!r}"
     while path and path not in lines:
         path = path[:-1]

@@ -28,8 +28,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import yaml
-
 from espalier import files, recipe
 from espalier.errors import RunError, UserError
 from espalier.folder import MADE, ModelFolder
@@ -46,6 +44,7 @@ RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
     "results.json",
     "log.txt",
 )
+LOCK = ".lock"
 FINAL = "final"
 VERSIONED = ("espalier", "torch", "transformers", "tokenizers", "datasets")
 
@@ -90,7 +89,9 @@ class Run:
 
         `since` (seconds of the epoch) is when the time that the run is charged for began; now, if not stated.
         """
-        if folder.exists() and not (folder / RECIPE).exists() and any(folder.iterdir()):
+        # A process that was killed before it wrote the recipe may have left its lock.
+        there = [path for path in folder.glob("*") if not path.name.startswith((LOCK, files.PARTIAL))]
+        if there and not (folder / RECIPE).exists():
             raise RunError(
                 str(folder),
                 found="a folder with other files",
@@ -101,12 +102,16 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, resolved, cap=cap, tell=tell, since=since)
         run._hold()
-        if (folder / RECIPE).exists():
-            run._same_recipe()
+        try:
+            if (folder / RECIPE).exists():
+                run._same_recipe()
             for name in files.remove_partials(folder):
                 tell(f"Removed {name}: it was never finished.")
-        else:
-            files.write_text(folder / RECIPE, recipe.dump(resolved))
+            if not (folder / RECIPE).exists():
+                files.write_text(folder / RECIPE, recipe.dump(resolved))
+        except BaseException:
+            run.close()
+            raise
         run._log_to_file()
         return run
 
@@ -206,9 +211,9 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Let go of the folder; an error goes to log.txt with its traceback and becomes the run's status."""
         if isinstance(error, Exception):
-            log.error("%s", error, exc_info=error)
             error.log = self.folder / LOG  # type: ignore[attr-defined]
             with contextlib.suppress(OSError, UserError):  # the first error matters more than a full disk
+                log.error("%s", error, exc_info=error)
                 self.finish("failed", str(error))
         self.close()
 
@@ -223,7 +228,7 @@ class Run:
             self._handler = None
 
     def _hold(self) -> None:
-        self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -237,10 +242,8 @@ class Run:
             ) from None
 
     def _same_recipe(self) -> None:
-        stored = yaml.safe_load((self.folder / RECIPE).read_text(encoding="utf-8"))
-        differing = recipe.changes(stored, yaml.safe_load(recipe.dump(self.recipe)))
+        differing = recipe.changes(recipe.stored(self.folder / RECIPE), self.recipe.model_dump(mode="json"))
         if differing:
-            self.close()
             shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differing[:5])
             raise RunError(
                 str(self.folder),

@@ -15,6 +15,8 @@ from espalier.errors import ModelError
 Family = Literal["granite", "llama", "qwen2", "qwen3", "mistral"]
 FAMILIES: tuple[str, ...] = Family.__args__  # type: ignore[attr-defined]
 
+# Whether q, k and v have biases, in the families that give no choice.
+ATTENTION_BIAS = {"qwen2": True, "mistral": False}
 # What the four Granite multipliers are called in the config; other families have none.
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -23,7 +25,8 @@ class ModelSpec(BaseModel):
     """The shape of a Llama-like decoder: pre-norm RMSNorm, RoPE, grouped-query attention, gated MLP.
 
     Sizes left out are derived: heads = hidden_size / head_dim, key-value heads = heads,
-    intermediate_size = 8/3 hidden_size rounded up to a multiple of 32.
+    intermediate_size = 8/3 hidden_size rounded up to a multiple of 32. attention_bias follows the family where
+    it is no choice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +44,7 @@ class ModelSpec(BaseModel):
     attention_bias: bool = False
     rope_theta: float = Field(default=10_000.0, gt=0)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
-    initializer_range: float = Field(default=0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0, le=1)
     embedding_multiplier: float = 1.0
     attention_multiplier: float = Field(description="factor on q·k; 1/sqrt(head_dim) outside Granite")
     residual_multiplier: float = 1.0
@@ -74,6 +77,8 @@ class ModelSpec(BaseModel):
             sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
         if isinstance(sizes.get("head_dim"), int) and sizes["head_dim"] > 0:
             sizes.setdefault("attention_multiplier", 1 / math.sqrt(sizes["head_dim"]))
+        if sizes.get("family") in ATTENTION_BIAS:
+            sizes["attention_bias"] = ATTENTION_BIAS[sizes["family"]]
         return sizes
 
     @model_validator(mode="after")
@@ -82,6 +87,11 @@ class ModelSpec(BaseModel):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} isn't a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.family == "llama" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} isn't a multiple of num_attention_heads {self.num_attention_heads}, "
+                f"as the llama family requires; {_near_multiples(self.hidden_size, self.num_attention_heads)} would be"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
@@ -125,7 +135,7 @@ class ModelSpec(BaseModel):
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.family == "granite":
             config |= {name: getattr(self, name) for name in MULTIPLIERS}
-        if self.family in ("qwen2", "mistral"):  # qwen2 always has q, k, v biases, mistral never
+        if self.family in ATTENTION_BIAS:
             del config["attention_bias"]
         if self.family == "mistral":
             config["sliding_window"] = None
@@ -142,18 +152,17 @@ class ModelSpec(BaseModel):
                 expected=f"one of {', '.join(FAMILIES)}",
                 mend="Convert the model to one of these families, or use a verb that takes any model.",
             )
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type") or rope.get("type", "default")
+        if rope_type != "default":
             raise ModelError(
                 f"{where}: rope_parameters.rope_type",
-                found=repr(rope["rope_type"]),
+                found=repr(rope_type),
                 expected="'default'",
                 mend="Scaled rotary positions aren't in ModelSpec yet.",
             )
         known = {key: value for key, value in config.items() if key in cls.model_fields and value is not None}
         known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-        if family == "qwen2":
-            known["attention_bias"] = True
         try:
             return cls(family=family, **known)
         except ValueError as error:

@@ -169,15 +169,15 @@ def test_cache_bytes_are_those_of_the_cache_that_transformers_keeps(dtype):
     assert memory.cache_bytes_per_token(spec, dtype) * 7 == held
 
 
-@pytest.mark.parametrize("layers", [1, 60])
+@pytest.mark.parametrize("layers", [1, 150])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_folder_bytes_bound_what_is_saved(tmp_path, layers, dtype, tied):
-    spec = small("qwen3", num_hidden_layers=layers, tie_word_embeddings=tied)
+    spec = small("qwen3", hidden_size=16, num_hidden_layers=layers, tie_word_embeddings=tied)
     build(spec).to(getattr(torch, dtype)).save_pretrained(tmp_path)
     saved = sum(path.stat().st_size for path in tmp_path.iterdir())
     room = memory.folder_bytes(spec, dtype) - saved
-    assert 0 <= room < 200_000
+    assert 0 <= room < 250_000
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -136,6 +136,7 @@ def test_every_text_comes_back_from_json_lines(temporary, written, ascii_only, n
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(TEXT, min_size=1, max_size=8))
+@example(["\ufeffa"])
 def test_every_text_comes_back_from_parquet(temporary, written):
     path = temporary() / "rows.parquet"
     parquet.write_table(pyarrow.table({"text": written}), path)
@@ -193,12 +194,17 @@ def test_quarantine_counts_all_and_names_the_first_hundred():
     assert [origin for origin, _ in quarantine.first] == [str(number) for number in range(100)]
 
 
-def test_a_parquet_text_of_broken_bytes_is_quarantined_by_row(tmp_path):
-    column = pyarrow.array([b"a", b"\xff", None, b"b"], pyarrow.binary()).view(pyarrow.string())
+def test_a_bad_text_in_parquet_is_quarantined_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2)
+    column = pyarrow.array([b"a", b"\xff", None, b"abc", b"b"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
     quarantine = Quarantine()
     assert texts(tmp_path / "rows.parquet", quarantine) == ["a", "b"]
-    assert quarantine.first == [("rows.parquet:1", "not UTF-8"), ("rows.parquet:2", "no text")]
+    assert quarantine.first == [
+        ("rows.parquet:1", "not UTF-8"),
+        ("rows.parquet:2", "no text"),
+        ("rows.parquet:3", sources.TOO_LONG),
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "arrow"])

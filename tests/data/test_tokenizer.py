@@ -155,7 +155,11 @@ def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(tmp_path, token
         check(saved(tmp_path, tokenizer, eos))
 
 
-def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path, tokenizer):
+    split = Tokenizer.from_str(tokenizer.to_str())
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(DataError, match="no byte-level BPE"):
+        check(saved(tmp_path, split, END_OF_TEXT))
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.train_from_iterator(["a b c"], trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))

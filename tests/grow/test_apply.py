@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from espalier.errors import ModelError, RecipeError
 from espalier.folder import ModelFolder
-from espalier.grow.apply import IdentityRecipe, StackRecipe, ZeroPadRecipe, grow_moments
+from espalier.grow.apply import IdentityRecipe, StackRecipe, ZeroPadRecipe, grow_model, grow_moments
 from espalier.grow.depth import identity, stack
 from espalier.grow.preserve import check
 from espalier.grow.width import zero_pad
@@ -99,6 +99,14 @@ def test_the_old_model_and_the_random_state_stay_as_they_were(spec, make, grow):
         for weight in large.parameters():
             weight += 1
     assert all(torch.equal(weight, before[name]) for name, weight in small.state_dict().items())
+
+
+def test_no_growth_gives_a_copy_that_shares_nothing(spec, make):
+    small = make(spec)
+    same = grow_model(small, [], seed=0, std_of=lambda name, shape: 0.0)
+    for name, weight in same.named_parameters():
+        old = small.get_parameter(name)
+        assert torch.equal(weight, old) and weight.data_ptr() != old.data_ptr()
 
 
 def test_what_the_growth_does_not_touch_in_the_config_stays(spec, make, grow):

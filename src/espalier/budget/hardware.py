@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import psutil
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from espalier import files
 from espalier.errors import RecipeError
@@ -36,11 +36,17 @@ COPY_NUMBERS = 64 * 2**20  # float32 numbers copied in the benchmark: 256 MiB, m
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _both_dtypes(peaks: dict[str, float]) -> dict[str, float]:
+    if set(peaks) != {"float32", "bfloat16"}:
+        raise ValueError("a peak for float32 and one for bfloat16")
+    return peaks
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A machine, or the part of one that work is priced on: `count` cores of a CPU or `count` GPUs, together.
 
-    peak_flops        FLOP/s of large matrix products, by dtype name
+    peak_flops        FLOP/s of large matrix products, for float32 and for bfloat16
     memory_bytes      bytes of RAM, or of all GPUs' memory
     memory_bandwidth  B/s of a large copy, read and written bytes both counted
     watts             W under load
@@ -54,7 +60,7 @@ class Hardware:
     name: str
     kind: Literal["cpu", "cuda"]
     count: Annotated[int, Field(gt=0)]
-    peak_flops: dict[str, Amount]
+    peak_flops: Annotated[dict[str, Amount], AfterValidator(_both_dtypes)]
     memory_bytes: Annotated[int, Field(gt=0)]
     memory_bandwidth: Amount
     watts: Amount
@@ -273,7 +279,7 @@ def _stated(row: dict[str, Any], own: dict[str, Any], home: Path, place: str) ->
         raise RecipeError(
             f"{home / OWN}: {place}.{'.'.join(map(str, complaint['loc']))}",
             found="an unknown figure" if unknown else "nothing" if missing else repr(complaint["input"]),
-            expected=f"one of {known}" if unknown else complaint["msg"],
+            expected=f"one of {known}" if unknown else complaint["msg"].removeprefix("Value error, "),
             mend="Correct the file; a new row needs every figure.",
         ) from None
 

@@ -32,7 +32,7 @@ def evaluate_loss(recipe: LossRecipe, run: Run) -> Report:
     from espalier.data.stream import Stream
     from espalier.model import build
     from espalier.train.device import Device
-    from espalier.train.objectives import next_token
+    from espalier.train.objectives import NextToken
     from espalier.train.validate import validate
 
     folder = ModelFolder.open(recipe.model)
@@ -58,7 +58,7 @@ def evaluate_loss(recipe: LossRecipe, run: Run) -> Report:
         model,
         stream,
         tokenizer.byte_lengths(words),
-        next_token,
+        NextToken(),
         device,
         rows=max(recipe.eval_tokens // recipe.data.sequence_length, 1),
         micro_rows=recipe.per_device_eval_batch_size,

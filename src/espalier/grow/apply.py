@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -32,12 +33,13 @@ STANDARD = Parametrization(kind="standard")
 def grow_model(
     model: PreTrainedModel, growths: Sequence[Growth], *, seed: int, std_of: reshape.StdOf
 ) -> PreTrainedModel:
-    """A new model of the same class: `growths`, at least one, applied in order. The old model isn't changed.
+    """A new model of the same class: `growths` applied in order; a copy without any. The old model isn't changed.
 
     seed    of the random slots
     std_of  the initialiser's standard deviation for a name and shape of the grown model
     """
-    assert growths, "nothing to grow"
+    if not growths:
+        return copy.deepcopy(model)
     config = model.config.to_dict()
     layout = discover(config)
     weights = {name: weight.detach() for name, weight in model.state_dict().items()}

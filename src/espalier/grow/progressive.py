@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from espalier.run import Run
     from espalier.train.checkpoint import Progress
     from espalier.train.device import Device
-    from espalier.train.loop import Ending, State
+    from espalier.train.loop import Ending, Objective, State
     from espalier.train.moments import Validate
     from espalier.train.validate import HeldOut
 
 # Growth is exact up to rounding; a relative logit difference beyond this is a broken promise.
 EXACT = 1e-4
+LOG_LINES = 300
 
 
 class ShapeRecipe(Recipe):
@@ -124,6 +125,7 @@ class Setting:
     run: Run
     train_stream: Stream
     held_out: Callable[[State], HeldOut]
+    objective: Objective
     tokenizer: Path
     device: Device
     reserve: Cost
@@ -144,7 +146,6 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     """Carry out a plan from its newest checkpoint, or from the start."""
     from espalier.train import moments
     from espalier.train.loop import Meter, Segment, train
-    from espalier.train.objectives import next_token
 
     run, device = setting.run, setting.device
     device.set_threads()
@@ -154,7 +155,7 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     save = moments.Save(run, meter, lambda s: _save(recipe, plan, setting, s), every=recipe.train.save_steps)
     log = moments.Log(
         run,
-        every=recipe.train.logging_steps,
+        every=recipe.train.logging_steps or max(plan.steps // LOG_LINES, 1),
         learning_rate=recipe.optimizer.learning_rate,
         peak_flops=setting.peak_flops,
         samples_per_epoch=setting.train_stream.rows,
@@ -181,7 +182,9 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
                 flops_per_token=stage.flops_per_token,
                 factor=_factor(recipe, plan, number),
             )
-            ending = train(state, setting.train_stream, segment, next_token, device, meter, (log, validate, save, bar))
+            ending = train(
+                state, setting.train_stream, segment, setting.objective, device, meter, (log, validate, save, bar)
+            )
             if ending != "done":
                 break
     if ending == "signal":

@@ -53,11 +53,11 @@ class Parametrization(Recipe):
         depth = math.sqrt(2 * spec.num_hidden_layers)
 
         def standard(name: str, shape: tuple[int, ...]) -> float:
-            return spec.initializer_range / (depth if writes_residual(name) else 1.0)
+            return spec.initializer_range / (depth if adds_to_residual(name) else 1.0)
 
         def mup(name: str, shape: tuple[int, ...]) -> float:
             if role(name, shape) == "matrix":
-                return self.gain / math.sqrt(shape[1]) / (depth if writes_residual(name) else 1.0)
+                return self.gain / math.sqrt(shape[1]) / (depth if adds_to_residual(name) else 1.0)
             if "embed" in name:
                 # A tied embedding is the read-out too, which has to start small.
                 return spec.initializer_range if spec.tie_word_embeddings else self.embedding_std
@@ -71,6 +71,6 @@ def role(name: str, shape: tuple[int, ...]) -> Role:
     return "matrix" if len(shape) == 2 and ".layers." in name else "vector"
 
 
-def writes_residual(name: str) -> bool:
+def adds_to_residual(name: str) -> bool:
     """Whether a projection's output is added to the residual stream."""
     return name.endswith(("o_proj.weight", "down_proj.weight"))

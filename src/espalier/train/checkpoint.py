@@ -45,7 +45,7 @@ class Progress:
 
 
 def save(
-    runs_folder: Path,
+    run_folder: Path,
     model: PreTrainedModel,
     optimizer_state: State,
     progress: Progress,
@@ -54,8 +54,11 @@ def save(
     need_bytes: int,
     keep: int,
 ) -> Path:
-    """Write checkpoint-N for N = progress.step, then delete all but the newest `keep`."""
-    path = runs_folder / f"checkpoint-{progress.step}"
+    """Write checkpoint-N for N = progress.step, then delete all but the newest `keep`.
+
+    Those of later steps go too: a run that saves an earlier step resumed there because they were damaged.
+    """
+    path = run_folder / f"checkpoint-{progress.step}"
     with files.whole_folder(path, need_bytes=need_bytes) as folder:
         build.save(model, folder, tokenizer)
         (folder / TRAINER).mkdir()
@@ -67,8 +70,10 @@ def save(
         save_file(flat, folder / TRAINER / "optimizer.safetensors")
         save_file({"torch": torch.get_rng_state()}, folder / TRAINER / "random.safetensors")
         files.write_json(folder / TRAINER / "progress.json", asdict(progress))
-    for old in list_steps(runs_folder)[keep:]:
-        shutil.rmtree(runs_folder / f"checkpoint-{old}")
+    steps = list_steps(run_folder)
+    kept = [step for step in steps if step <= progress.step][:keep]
+    for step in set(steps).difference(kept):
+        shutil.rmtree(run_folder / f"checkpoint-{step}")
     return path
 
 

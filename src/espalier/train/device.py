@@ -6,20 +6,25 @@ Applied to a model from outside, in this order: device, attention, compile.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from espalier.data.stream import Batch
+from espalier.train import attention  # noqa: F401 (registers causal_halves)
 
-Attention = Literal["sdpa", "eager", "espalier"]
+Attention = Literal["sdpa", "eager", "causal_halves"]
 
 
 # How many graphs one layer class may have: a few for every width that a run grows through.
 GRAPHS = 64
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,11 @@ class Device:
         if self.compile == "layers":
             torch._dynamo.config.recompile_limit = GRAPHS
             for layer in model.base_model.layers:
-                layer.forward = torch.compile(layer.forward, dynamic=False)
+                layer.forward = self.compiled(layer.forward)
+
+    def compiled(self, function: F) -> F:
+        """The function, compiled where layers are."""
+        return torch.compile(function, dynamic=False) if self.compile == "layers" else function  # type: ignore[return-value]
 
     def release(self, model: PreTrainedModel) -> None:
         """Undo the compilation, for inputs of other shapes than training's."""

@@ -1,10 +1,12 @@
 """Objectives: from a model and a batch to a loss that can be differentiated.
 
-Shapes: B rows, T positions, N = B*T, D hidden size, V vocabulary.
+Shapes: B rows, T positions, N = B*T, C positions of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,19 +18,34 @@ from espalier.errors import ModelError
 
 CHUNK = 1024
 
+ChunkLoss = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
-def next_token(
-    model: PreTrainedModel, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor | None
-) -> Tensor:
-    """Sum of the cross entropies (nats) of all labels that aren't `IGNORED`, as a scalar.
 
-    Labels are already shifted. The logits of a chunk of positions exist at a time, never all of them.
-    """
-    hidden_BTD = model.base_model(
-        input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
-    ).last_hidden_state
-    weight_VD, scale = read_out(model)
-    return linear_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), scale)
+def chunk_loss(logits_CV: Tensor, labels_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropies of softmax(scale * logits), and its gradient with respect to the logits (C, V)."""
+    kept_C = labels_C != IGNORED
+    target_C1 = labels_C.clamp(min=0).unsqueeze(1)
+    log_probs_CV = torch.log_softmax(logits_CV.float() * scale, dim=-1)
+    loss = -(log_probs_CV.gather(1, target_C1).squeeze(1) * kept_C).sum()
+    is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == target_C1
+    grad_CV = (log_probs_CV.exp() - is_target_CV.float()) * (kept_C.unsqueeze(1) * scale)
+    return loss, grad_CV.to(logits_CV.dtype)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Next-token prediction. `chunk_loss` may be the compiled one."""
+
+    chunk_loss: ChunkLoss = chunk_loss
+
+    def __call__(
+        self, model: PreTrainedModel, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor | None
+    ) -> Tensor:
+        """Sum of the cross entropies (nats) over the labels, which are shifted already and may be `IGNORED`."""
+        decoder = model.base_model
+        hidden_BTD = decoder(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+        weight_VD, scale = read_out(model)
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), scale, self.chunk_loss)
 
 
 def read_out(model: PreTrainedModel) -> tuple[Tensor, float]:
@@ -44,42 +61,52 @@ def read_out(model: PreTrainedModel) -> tuple[Tensor, float]:
     return head.weight, 1.0 / getattr(config, "logits_scaling", 1.0)
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: float) -> Tensor:
-    """Sum over N of the cross entropy of softmax(scale * hidden @ weight^T); fp32 logits of CHUNK rows at a time."""
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, scale)
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: float, chunk: ChunkLoss = chunk_loss
+) -> Tensor:
+    """Sum over N of the cross entropies of softmax(scale * hidden @ weight^T), under autocast's dtype.
+
+    The logits of CHUNK positions exist at a time, and only theirs in fp32: memory doesn't grow with N * V.
+    """
+    kind = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, scale, chunk, dtype)
+    hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+    losses = [chunk(hidden_ND[rows] @ weight_VD.T, labels_N[rows], scale)[0] for rows in _chunks(len(labels_N))]
+    return torch.stack(losses).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients in the forward pass, while a chunk's logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: float) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_ND.dtype
-        hidden_ND, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        scale: float,
+        chunk: ChunkLoss,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD)
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for begin in range(0, len(labels_N), CHUNK):
-            rows = slice(begin, begin + CHUNK)
-            loss, grad_logits = _chunk(hidden_ND[rows] @ weight.T, labels_N[rows], scale, dtype)
+        total = torch.zeros((), device=hidden.device)
+        for rows in _chunks(len(labels_N)):
+            loss, grad_logits = chunk(hidden[rows] @ weight.T, labels_N[rows], scale)
             total += loss
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden_ND[rows]
+            grad_weight += grad_logits.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None, None, None
 
 
-def _chunk(logits_CV: Tensor, labels_C: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk and its gradient with respect to hidden @ weight^T."""
-    keep_C = labels_C != IGNORED
-    target_C1 = labels_C.clamp(min=0).unsqueeze(1)
-    log_probs_CV = torch.log_softmax(logits_CV.float() * scale, dim=-1)
-    loss = -(log_probs_CV.gather(1, target_C1).squeeze(1) * keep_C).sum()
-    grad_CV = log_probs_CV.exp_()
-    grad_CV.scatter_add_(1, target_C1, -torch.ones_like(target_C1, dtype=grad_CV.dtype))
-    return loss, (grad_CV * (keep_C.unsqueeze(1) * scale)).to(dtype)
+def _chunks(length: int) -> list[slice]:
+    return [slice(begin, begin + CHUNK) for begin in range(0, length, CHUNK)]

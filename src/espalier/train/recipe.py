@@ -64,16 +64,17 @@ class TrainRecipe(Recipe):
     batch_tokens                 tokens of one update
     per_device_train_batch_size  sequences of one forward pass; an update accumulates as many as it needs
     evaluations                  how often the held-out loss is taken over the whole run
-    eval_tokens                  how much held-out text that takes
+    eval_tokens                  held-out text of each; if not stated, as much as half the budget's reserve pays for
+    logging_steps                if not stated, 300 lines for the whole run
     torch_compile                "auto" compiles when the run is long enough to repay it
     bf16                         "auto" uses bfloat16 matmuls where they were measured to be faster
     """
 
     batch_tokens: int = Field(default=8192, gt=0)
     per_device_train_batch_size: int = Field(default=8, gt=0)
-    logging_steps: int = Field(default=10, gt=0)
+    logging_steps: int | None = Field(default=None, gt=0)
     evaluations: int = Field(default=20, gt=0)
-    eval_tokens: int = Field(default=32_768, gt=0)
+    eval_tokens: int | None = Field(default=None, gt=0)
     save_steps: int = Field(default=100, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
     torch_compile: Literal["auto", "on", "off"] = "auto"

@@ -1,0 +1,37 @@
+# make demo   grow a small model on this machine, in minutes, and open its page by the path that is printed
+# make test   lint, types, floors and tests
+# Both make .venv and install what they need, once per change of pyproject.toml.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= 2.13.0
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/espalier demo
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@sh tools/install-torch.sh $(BIN)/python $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed

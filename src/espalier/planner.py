@@ -1,0 +1,205 @@
+"""Planner: from a recipe and the machine at hand to a plan and a way to compute, by measuring the recipe's own models.
+
+What isn't stated is tried: the dtype of the matmuls on the largest model, compilation where the run is long enough
+to repay a trial. The fastest way is kept in plan.json, and a run that is taken up again computes as it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espalier import files, units
+from espalier.budget import flops, hardware, price
+from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
+from espalier.data.prepare import DataRecipe
+from espalier.grow.progressive import GrowthRecipe
+from espalier.ledger import Cost, Rates
+from espalier.run import PLAN, Run, read_json
+from espalier.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from espalier.train.device import Attention, Device
+    from espalier.train.probe import Speed
+
+# Share of the matmul peak that a small model's training reaches, for prices before anything was measured.
+USUAL_MFU = 0.3
+# Compiling is tried when training takes longer than this many seconds without it.
+WORTH_A_TRIAL = 30.0
+
+
+class PlannedRecipe(GrowthRecipe):
+    """What a plan depends on: the growth run, its data and its budget."""
+
+    budget: BudgetRecipe = BudgetRecipe()
+    data: DataRecipe = DataRecipe()
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one update."""
+        return max(self.train.batch_tokens // self.data.sequence_length, 1)
+
+    @property
+    def micro_rows(self) -> int:
+        """Sequences of one forward pass."""
+        return min(self.train.per_device_train_batch_size, self.rows)
+
+    def specs(self) -> list[ModelSpec]:
+        """The shapes of the stages; the vocabulary is that of the tokenizer given, or the one asked for."""
+        from espalier.data import tokenizer
+
+        given = self.data.tokenizer
+        vocab_size = tokenizer.load(Path(given)).get_vocab_size() if given else self.data.vocab_size
+        return [stage.spec for stage in self.path(vocab_size)]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware row at hand and what a second on it costs."""
+
+    hardware: hardware.Hardware
+    rates: Rates
+
+
+def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
+    """The machine at hand at the recipe's prices; a run, if given, is charged at them from now on."""
+    row = hardware.here(home=files.home())
+    budget = recipe.budget
+    rates = price.rates(
+        row,
+        pue=budget.pue,
+        usd_per_hour=budget.usd_per_hour,
+        watts=budget.watts,
+        kgco2e_per_kwh=budget.kgco2e_per_kwh,
+    )
+    if run:
+        meter = price.best_meter(row)
+        run.price(rates, meter.read_kwh if meter.measured else None)
+    return Machine(row, rates)
+
+
+def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> tuple[Plan, Device]:
+    """The plan for what is left of the budget, and the device to carry it out on; plan.json's, once there is one."""
+    from espalier.train.device import Device
+
+    kept = read_json(run.folder / PLAN, None)
+    if kept:
+        return Plan.from_json(kept["plan"]), Device(**kept["device"])
+    device = _choose_compute(recipe, here)
+    speeds = _probe(recipe, device, recipe.specs())
+    made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", run.ledger.total)
+    if _may_compile(recipe, made):
+        compiled = replace(device, compile="layers", attention=_attention(recipe, device))
+        faster = _probe(recipe, compiled, recipe.specs())
+        if recipe.train.torch_compile == "on" or _seconds(made, recipe, faster) < _seconds(made, recipe, speeds):
+            device, speeds = compiled, faster
+            made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", run.ledger.total)
+    return made, device
+
+
+def keep(made: Plan, device: Device, here: Machine, run: Run) -> None:
+    """Write plan.json."""
+    values = {
+        "plan": made.to_json(),
+        "device": asdict(device),
+        "hardware": asdict(here.hardware),
+        "rates": asdict(here.rates),
+    }
+    files.write_json(run.folder / PLAN, values)
+
+
+def priced(recipe: PlannedRecipe) -> str:
+    """What a recipe would take, from the hardware's peak alone."""
+    here = machine(recipe)
+    length = recipe.data.sequence_length
+    speed = here.hardware.peak_flops[hardware.compute_dtype(here.hardware)] * USUAL_MFU
+    per_token = [flops.training_flops(spec, length) / speed for spec in recipe.specs()]
+    estimate = _plan(recipe, here.rates, per_token, "estimated")
+    total, scratch = estimate.total, estimate.from_scratch
+    return (
+        f"training on {here.hardware.name}, estimated: {units.count(total.tokens)} tokens, "
+        f"{units.si(total.flops, 'FLOP')}, {units.duration(total.seconds)}, {units.money(total.usd)}, "
+        f"{units.si(total.kwh * 1000, 'Wh')}\n"
+        f"from scratch at the final size: {units.si(scratch.flops, 'FLOP')}, {units.duration(scratch.seconds)}, "
+        f"{units.money(scratch.usd)}"
+    )
+
+
+def _plan(
+    recipe: PlannedRecipe, rates: Rates, per_token: Sequence[float], basis: Basis, spent: Cost | None = None
+) -> Plan:
+    return plan(
+        list(zip(recipe.specs(), recipe.durations(), strict=True)),
+        rows=recipe.rows,
+        sequence_length=recipe.data.sequence_length,
+        seconds_per_token=per_token,
+        basis=basis,
+        rates=rates,
+        cap=recipe.budget.cap(),
+        spent=spent,
+        reserve=recipe.budget.reserve,
+    )
+
+
+def _choose_compute(recipe: PlannedRecipe, here: Machine) -> Device:
+    """The dtype in which the largest model trains fastest: small matmuls may gain nothing from bfloat16."""
+    from espalier.train.device import Device
+
+    threads = recipe.train.threads or hardware.free_cores()
+    device = Device(kind=here.hardware.kind, threads=threads, compute="float32")
+    half = replace(device, compute="bfloat16")
+    if recipe.train.bf16 == "off" or hardware.compute_dtype(here.hardware) == "float32":
+        return half if recipe.train.bf16 == "on" else device
+    if recipe.train.bf16 == "on":
+        return half
+    largest = recipe.specs()[-1:]
+    return min((device, half), key=lambda candidate: _probe(recipe, candidate, largest)[0].per_token)
+
+
+def _may_compile(recipe: PlannedRecipe, eager: Plan) -> bool:
+    wanted = recipe.train.torch_compile
+    return wanted == "on" or (wanted == "auto" and eager.total.seconds > WORTH_A_TRIAL)
+
+
+def _attention(recipe: PlannedRecipe, device: Device) -> Attention:
+    """The attention that is fastest when compiled: our own on short rows of a CPU."""
+    from espalier.train.attention import LONGEST
+
+    short = device.kind == "cpu" and recipe.data.attend == "row" and recipe.data.sequence_length <= LONGEST
+    return "causal_halves" if short else "sdpa"
+
+
+def _probe(recipe: PlannedRecipe, device: Device, specs: Sequence[ModelSpec]) -> list[Speed]:
+    from espalier.train.objectives import NextToken, chunk_loss
+    from espalier.train.probe import probe
+
+    device.set_threads()
+    objective = NextToken(device.compiled(chunk_loss))
+    return [
+        probe(
+            spec,
+            recipe.parametrization,
+            recipe.optimizer,
+            objective,
+            device,
+            micro_rows=recipe.micro_rows,
+            sequence_length=recipe.data.sequence_length,
+            home=files.home(),
+        )
+        for spec in specs
+    ]
+
+
+def _per_token(recipe: PlannedRecipe, speeds: Sequence[Speed]) -> list[float]:
+    return [speed.seconds_per_token(recipe.rows * recipe.data.sequence_length) for speed in speeds]
+
+
+def _seconds(work: Plan, recipe: PlannedRecipe, speeds: Sequence[Speed]) -> float:
+    """How long a plan's tokens take at these speeds, getting ready included."""
+    per_token = _per_token(recipe, speeds)
+    return sum(
+        stage.cost.tokens * rate + speed.ready
+        for stage, rate, speed in zip(work.stages, per_token, speeds, strict=True)
+    )
