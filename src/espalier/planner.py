@@ -76,7 +76,7 @@ def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
     )
     if run:
         meter = price.best_meter(row)
-        run.price(rates, meter.read_kwh if meter.measured else None)
+        run.price(rates, (lambda: budget.pue * meter.read_kwh()) if meter.measured else None)
     return Machine(row, rates)
 
 

@@ -18,13 +18,10 @@ from espalier.data.stream import Batch
 from espalier.train import attention  # noqa: F401 (registers causal_halves)
 
 Attention = Literal["sdpa", "eager", "causal_halves"]
-
+F = TypeVar("F", bound=Callable[..., Any])
 
 # How many graphs one layer class may have: a few for every width that a run grows through.
 GRAPHS = 64
-
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)

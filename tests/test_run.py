@@ -1,0 +1,311 @@
+"""Runs: one process, one recipe, every second charged, and failures on record."""
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from espalier import files, recipe
+from espalier import run as module
+from espalier.errors import RunError
+from espalier.folder import MADE, ModelFolder
+from espalier.ledger import Cap, Cost, Rates, read
+from espalier.recipe import Recipe
+from espalier.run import LEDGER, LOCK, LOG, METRICS, RECIPE, Run, read_json, read_lines
+
+
+class Stage(Recipe):
+    size: int = 1
+
+
+class Job(Recipe):
+    name: str = "x"
+    rate: float = 1e-5
+    stages: tuple[Stage, ...] = (Stage(), Stage(size=2))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "x"
+
+
+@pytest.fixture
+def start(folder):
+    """Start a run of the folder, and let go of it after the test."""
+    begun = []
+
+    def start(job: Recipe = Job(), **words) -> Run:  # noqa: B008  frozen
+        run = Run.start(folder, job, **{"tell": lambda line: None, **words})
+        begun.append(run)
+        return run
+
+    yield start
+    for run in begun:
+        run.close()
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from espalier.recipe import Recipe
+from espalier.run import Run
+with Run.start(Path(sys.argv[1]), Recipe()):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_lets_go_or_dies(folder, start):
+    job = Recipe()
+    for end in ("let go", "die"):
+        holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=-1, stdout=-1, text=True)
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError) as refused:
+            start(job)
+        assert refused.value.where == str(folder) and "another process" in refused.value.found
+        if end == "die":
+            holder.kill()
+        holder.communicate()
+        start(job).close()
+
+
+def test_two_runs_of_one_process_do_not_share_a_folder(start):
+    first = start()
+    with pytest.raises(RunError, match="another process"):
+        start()
+    first.close()
+    start()
+
+
+def test_a_run_stores_its_recipe_in_full(start, folder):
+    start(Job(rate=3e-4))
+    assert recipe.load(Job, folder / RECIPE) == Job(rate=3e-4)
+
+
+def test_the_same_recipe_is_taken_up_and_another_is_refused_by_its_keys(start, folder):
+    start().close()
+    start().close()
+    other = Job(rate=2.0, stages=(Stage(), Stage(size=3)))
+    for _ in range(2):
+        with pytest.raises(RunError) as refused:
+            start(other)
+        assert "rate: 1e-05 there, 2.0 now" in refused.value.found
+        assert "stages.1.size: 2 there, 3 now" in refused.value.found
+        assert "name" not in refused.value.found
+    assert recipe.load(Job, folder / RECIPE) == Job()
+    start().close()
+
+
+def test_a_stored_recipe_that_was_broken_by_hand_is_refused_by_its_line(start, folder):
+    start().close()
+    (folder / RECIPE).write_text("name: x\nrate: [")
+    for _ in range(2):
+        with pytest.raises(recipe.RecipeError, match=r"recipe\.yaml:2"):
+            start()
+
+
+def test_a_folder_with_other_files_is_refused_untouched(start, folder):
+    folder.mkdir(parents=True)
+    (folder / "thesis.doc").write_text("x")
+    with pytest.raises(RunError, match="other files"):
+        start()
+    assert [path.name for path in folder.iterdir()] == ["thesis.doc"]
+
+
+@pytest.mark.parametrize("left", [[], [LOCK], [LOCK, f"{files.PARTIAL}{RECIPE}-7"]], ids=str)
+def test_a_start_that_was_killed_at_any_moment_can_be_made_again(start, folder, left):
+    folder.mkdir(parents=True)
+    for name in left:
+        (folder / name).write_text("")
+    start()
+    assert {path.name for path in folder.iterdir()} == {LOCK, RECIPE}
+
+
+def test_what_was_never_finished_is_removed_and_told(start, folder):
+    start().close()
+    (folder / f"{files.PARTIAL}checkpoint-3-7").mkdir()
+    told = []
+    start(tell=told.append)
+    assert told == [f"Removed {files.PARTIAL}checkpoint-3-7: it was never finished."]
+    assert not list(folder.glob(f"{files.PARTIAL}*"))
+
+
+def test_a_model_that_was_about_to_be_replaced_is_there_again(start, folder):
+    start().close()
+    (folder / f"{files.RETIRED}final").mkdir()
+    start()
+    assert (folder / "final").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_interrupts(start, number):
+    told, before = [], signal.getsignal(number)
+    run = start(tell=told.append)
+    with pytest.raises(KeyboardInterrupt), run.signals():
+        assert run.stop_signal is None
+        os.kill(os.getpid(), number)
+        assert run.stop_signal == number
+        assert [number.name in line for line in told] == [True]
+        os.kill(os.getpid(), number)
+        raise AssertionError("not interrupted")
+    assert signal.getsignal(number) is before
+
+
+@given(waits=st.lists(st.floats(0, 1e6), min_size=1, max_size=6), head_start=st.floats(0, 1e5))
+@settings(deadline=None, max_examples=25)
+def test_every_second_is_charged_once(tmp_path_factory, waits, head_start):
+    folder, clock = tmp_path_factory.mktemp("run"), Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "time", clock)
+        began = clock.now
+        clock.now += head_start
+        with Run.start(folder, Job(), since=began, tell=print) as run:
+            run.price(Rates(usd_per_hour=3600, watts=1000))
+            for number, wait in enumerate(waits):
+                clock.now += wait
+                cost = run.charge("train", tokens=2, flops=3.0, stage=number)
+                assert run.uncharged_seconds == pytest.approx(0, abs=1e-6)
+                assert cost.usd == pytest.approx(cost.seconds)
+            clock.now += 5
+            assert run.uncharged_seconds == pytest.approx(5)
+    total = sum((entry.cost for entry in read(folder / LEDGER)), Cost())
+    assert total.seconds == pytest.approx(head_start + sum(waits))
+    assert (total.tokens, total.flops) == (2 * len(waits), 3.0 * len(waits))
+
+
+def test_a_charge_is_entered_with_its_place_and_what_was_measured(start, folder, clock):
+    run, meter = start(), iter([1.0, 1.5, 1.75])
+    clock.now += 10
+    run.charge("start")
+    run.price(Rates(watts=1, kgco2e_per_kwh=0.5), lambda: next(meter))
+    run.charge("train", stage=1, step=7)
+    run.charge("train", stage=1, step=8)
+    first, second, third = read(folder / LEDGER)
+    assert (first.kind, first.cost.seconds, first.measured) == ("start", 10, ("seconds",))
+    assert (second.stage, second.step, second.measured) == (1, 7, ("seconds", "kwh"))
+    assert [entry.cost.kwh for entry in (first, second, third)] == [0, 0.5, 0.25]
+    assert second.cost.kgco2e == 0.25
+
+
+def test_what_is_affordable_counts_the_time_not_yet_charged(start, clock):
+    run = start(cap=Cap(seconds=10))
+    clock.now += 4
+    assert run.affords(Cost(seconds=6)) and not run.affords(Cost(seconds=6.1))
+    run.charge("train")
+    assert run.affords(Cost(seconds=6)) and not run.affords(Cost(seconds=6.1))
+
+
+def test_a_run_that_goes_on_counts_what_was_spent_before(start, clock):
+    run = start(cap=Cap(seconds=10))
+    clock.now += 4
+    run.charge("train")
+    run.close()
+    assert not start(cap=Cap(seconds=10)).affords(Cost(seconds=7))
+
+
+def test_made_says_how_a_model_came_to_be(start, folder, tmp_path, clock):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (parent / name).write_text("{}")
+    (parent / MADE).write_text('{"run": "before"}')
+    run = start(Job(rate=0.5))
+    clock.now += 3
+    run.charge("grow")
+    made = run.made("grow.stack", seed=4, parents=(ModelFolder(parent),), growth={"k": 1})
+    assert made["recipe"] == {"name": "x", "rate": 0.5, "stages": [{"size": 1}, {"size": 2}]}
+    assert (made["method"], made["run"], made["seed"], made["growth"]) == ("grow.stack", "x", 4, {"k": 1})
+    assert made["parents"] == [
+        {"name": "parent", "fingerprint": ModelFolder(parent).fingerprint(), "made": {"run": "before"}}
+    ]
+    assert made["cost"] == vars(Cost(seconds=3))
+    assert made["versions"]["torch"] == importlib.metadata.version("torch")
+    run.write_made(folder, made)
+    assert json.loads((folder / MADE).read_text()) == made
+
+
+def test_an_error_ends_in_the_status_and_its_traceback_in_the_log(start, folder, clock):
+    with pytest.raises(ValueError) as raised, start() as run:
+        assert run.state == {"status": "running"}
+        raise ValueError("odd number")
+    assert raised.value.log == folder / LOG
+    assert run.state == {"status": "failed", "reason": "odd number", "time": clock.now}
+    assert "Traceback" in (folder / LOG).read_text()
+    start()
+
+
+def test_an_interrupt_is_no_failure(start):
+    with pytest.raises(KeyboardInterrupt), start() as run:
+        raise KeyboardInterrupt
+    assert run.state == {"status": "running"}
+
+
+def test_a_run_that_ends_well_keeps_its_status_and_lets_go(start):
+    with start() as run:
+        run.finish("finished", "all done")
+    assert run.state["status"] == "finished" and run.state["reason"] == "all done"
+    start()
+
+
+def test_the_first_error_is_told_even_if_nothing_can_be_recorded(start, folder, monkeypatch):
+    (folder / LOG).mkdir(parents=True)  # a log that can't be opened
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (folder / RECIPE).write_text(recipe.dump(Job()))
+    with pytest.raises(ValueError, match="the first"), start():
+        monkeypatch.setattr(files, "write_json", full)
+        raise ValueError("the first")
+    start()
+
+
+def test_each_run_logs_to_its_own_file(tmp_path):
+    for name in ("a", "b"):
+        with pytest.raises(ValueError), Run.start(tmp_path / name, Job(), tell=print):
+            raise ValueError(f"only {name}")
+    assert "only b" not in (tmp_path / "a" / LOG).read_text()
+    assert "only a" not in (tmp_path / "b" / LOG).read_text()
+
+
+@given(steps=st.lists(st.integers(0, 9), max_size=6), until=st.integers(0, 9), torn=st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_metrics_are_rewound_to_a_step_and_go_on_from_there(tmp_path_factory, steps, until, torn):
+    with Run.start(tmp_path_factory.mktemp("run"), Job(), tell=print) as run:
+        for step in steps:
+            run.log_metrics(step=step, loss=0.5)
+        if torn:
+            with (run.folder / METRICS).open("a") as file:
+                file.write('{"step": 0, "lo')
+        run.rewind_metrics(until)
+        run.log_metrics(step=until, loss=1.5)
+        lines = list(read_lines(run.folder / METRICS))
+    assert lines == [{"step": step, "loss": 0.5} for step in steps if step <= until] + [{"step": until, "loss": 1.5}]
+
+
+def test_files_that_are_not_there_read_as_nothing(tmp_path):
+    assert read_json(tmp_path / "no.json", 7) == 7
+    assert list(read_lines(tmp_path / "no.jsonl")) == []
