@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
-from huggingface_hub import ModelCard
 
 from espalier.card import model_card
 from espalier.ledger import RESOURCES, Cost
@@ -23,7 +23,10 @@ rows = st.builds(
 )
 
 
-def card(results: Report, cost: Cost = Cost(), **made) -> str:
+FREE = Cost()
+
+
+def card(results: Report, cost: Cost = FREE, **made) -> str:
     made = {"method": "pretrain", "seed": 5, "versions": {"espalier": "9.9"}, "cost": vars(cost), **made}
     return model_card("model", made, SPEC, 1_234_567, results)
 
@@ -53,7 +56,7 @@ def test_people_read_every_result(listed):
 
 @given(st.floats(0, 1e6))
 def test_emissions_are_in_grams_and_say_where_they_come_from(kgco2e):
-    cost = Cost(**{name: kgco2e for name in RESOURCES})
+    cost = Cost(**dict.fromkeys(RESOURCES, kgco2e))
     told = front(card(Report("model"), cost))["co2_eq_emissions"]
     assert told["emissions"] == pytest.approx(kgco2e * 1000, abs=1e-6)
     assert told["source"].startswith("estimated") and told["hardware_used"] == "unknown"

@@ -24,7 +24,7 @@ def test_a_card_says_what_the_loaded_function_says(card):
     function = card.load()
     assert function.method == {key: getattr(card, key) for key in ("paper", "needs", "costs", "status")}
     assert card.summary == inspect.getdoc(function).split("\n")[0]
-    assert card.summary.endswith((".", "."))
+    assert card.summary.endswith(".")
     assert function.__module__ == card.module and function.__name__ == card.function
     assert card.status in ("preview", "proven")
 

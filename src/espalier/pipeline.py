@@ -142,6 +142,7 @@ def _grow(
             micro_rows=resolved.micro_rows,
         )
 
+    # Kept back: the evaluations of a growth that may be under way, the last one, and the export.
     last = plan.stages[-1]
     evaluation = last.cost * (rows * resolved.data.sequence_length / last.cost.tokens / 3)
     setting = Setting(
@@ -151,7 +152,7 @@ def _grow(
         objective=objective,
         tokenizer=vocabulary,
         device=device,
-        reserve=replace(evaluation + here.rates.cost(EXPORT_SECONDS), tokens=0.0),
+        reserve=replace(evaluation * 3 + here.rates.cost(EXPORT_SECONDS), tokens=0.0),
         peak_flops=here.hardware.peak_flops[device.compute],
         terminal=sys.stdout.isatty(),
     )

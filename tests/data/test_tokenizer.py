@@ -62,6 +62,15 @@ def test_the_byte_lengths_of_a_texts_tokens_add_up_to_its_bytes(tokenizer, text)
     assert byte_lengths(tokenizer)[encoding.ids].sum() == len(text.encode())
 
 
+def test_the_byte_lengths_add_up_on_the_text_that_made_the_merges(dataset, tokenizer):
+    lengths, used = byte_lengths(tokenizer), set()
+    for text in dataset.texts("train"):
+        ids = tokenizer.encode(text).ids
+        assert lengths[ids].sum() == len(text.encode())
+        used.update(ids)
+    assert len(used & set(range(257, 320))) > 40
+
+
 def test_ids_are_the_special_token_then_the_bytes_then_the_merges(tokenizer):
     lengths = byte_lengths(tokenizer)
     assert len(lengths) == tokenizer.get_vocab_size() == 320

@@ -1,18 +1,11 @@
-"""A tiny model, a stream that can be learned, and everything that a training loop is given."""
+"""A tiny model and everything that a training loop is given."""
 
-import hashlib
-
-import numpy as np
 import pytest
 import torch
 
-from espalier.data.pack import Shard, Tokens
-from espalier.data.stream import Stream
-from espalier.ledger import Cap, Cost
+from espalier.ledger import Cost
 from espalier.model.build import build
 from espalier.model.mup import Parametrization
-from espalier.recipe import Recipe
-from espalier.run import Run
 from espalier.spec import ModelSpec
 from espalier.train.checkpoint import Progress
 from espalier.train.device import Device
@@ -32,18 +25,6 @@ def spec() -> ModelSpec:
 @pytest.fixture
 def device() -> Device:
     return Device()
-
-
-@pytest.fixture(scope="session")
-def stream(tmp_path_factory) -> Stream:
-    """Numbers that mostly count upwards: 62 rows of 16 tokens."""
-    folder = tmp_path_factory.mktemp("tokens")
-    random = np.random.default_rng(0)
-    values = (np.arange(1000) % 50 + 250 * (random.random(1000) < 0.1)).astype("<u2")
-    (folder / "shard.bin").write_bytes(values.tobytes())
-    shard = Shard("shard.bin", len(values), 1, len(values), hashlib.sha256(values.tobytes()).hexdigest())
-    tokens = Tokens(folder, "<u2", 0, (shard,), True)
-    return Stream(tokens, sequence_length=16, seed=3, attend="row", eos_id=0)
 
 
 @pytest.fixture(params=["muon", "adamw"])
@@ -72,26 +53,6 @@ def segment():
         return Segment(until_step=until_step, **told)
 
     return segment
-
-
-@pytest.fixture
-def told() -> list[str]:
-    """What a run said."""
-    return []
-
-
-@pytest.fixture
-def make_run(tmp_path, told):
-    """A run in tmp_path with a cap."""
-    runs = []
-
-    def make_run(**cap: float) -> Run:
-        runs.append(Run.start(tmp_path / f"run{len(runs)}", Recipe(), cap=Cap(**cap), tell=told.append))
-        return runs[-1]
-
-    yield make_run
-    for run in runs:
-        run.close()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from espalier.train.loop import Objective
 
 @dataclass(frozen=True)
 class HeldOut:
-    """loss: nats a token; bpb: bits a byte of text; tokens: how many labels; stderr: of the loss, over rows."""
+    """loss: nats a token; bpb: bits a byte of text; tokens: how many labels; stderr: of the loss."""
 
     loss: float
     bpb: float
@@ -36,16 +36,23 @@ def validate(
 ) -> HeldOut:
     """The loss over the first `rows` rows of a stream, always the same ones. byte_lengths: bytes of each token id."""
     rows = min(rows, stream.rows)
-    losses, labels, text_bytes = [], 0, 0
+    losses, labels, text_bytes = [], [], 0
     with torch.no_grad(), device.autocast():
         for begin in range(0, rows, micro_rows):
             batch = stream.sequential(begin, min(micro_rows, rows - begin))
             inputs, targets, positions = device.tensors(batch)
             losses.append(float(objective(model, inputs, targets, positions)))
             kept = batch.labels[batch.labels >= 0]
-            labels += kept.size
+            labels.append(kept.size)
             text_bytes += int(byte_lengths[kept].sum())
-    loss = sum(losses) / labels
-    means = np.array(losses) / (labels / len(losses))
-    stderr = float(means.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else 0.0
-    return HeldOut(loss, sum(losses) / math.log(2) / max(text_bytes, 1), labels, stderr)
+    bpb = sum(losses) / math.log(2) / max(text_bytes, 1)
+    return HeldOut(sum(losses) / sum(labels), bpb, sum(labels), _standard_error(losses, labels))
+
+
+def _standard_error(losses: list[float], labels: list[int]) -> float:
+    """Of sum(losses) / sum(labels), from batches that need not be of one size: the linearised error of a ratio."""
+    batches = len(losses)
+    if batches < 2:
+        return 0.0
+    residuals = np.array(losses) - sum(losses) / sum(labels) * np.array(labels)
+    return math.sqrt(batches / (batches - 1) * float(residuals @ residuals)) / sum(labels)
