@@ -140,6 +140,9 @@ def test_a_disk_error_at_any_call_is_told_and_leaves_the_old_or_the_new(work, ol
                 done = True
             except ResourceError as refusal:
                 assert str(folder) in refusal.where
+        if not lasting:
+            assert not list(folder.glob(f"{files.PARTIAL}*"))
+            assert read_folder(folder / "folder") in (OLD if old else None, NEW), "gone until recovery"
         require_old_or_new(folder, old=old)
         if done:
             require_new(work, folder)

@@ -101,7 +101,11 @@ def test_the_recipes_of_all_verbs_are_among_those_tried():
     assert {card.recipe() for card in method.cards()} | {PretrainRecipe, DataRecipe, BudgetRecipe} <= set(CLASSES)
 
 
-words = st.text() | st.from_regex(r"[-+.~<=0-9eEtnyofrulasxT:_ #'\"]{1,8}", fullmatch=True)
+words = (
+    st.text()
+    | st.text("\x85\u2028\u2029\r\n\t a", min_size=1)
+    | st.from_regex(r"[-+.~<=0-9eEtnyofrulasxT:_ #'\"]{1,8}", fullmatch=True)
+)
 numbers = st.floats(allow_nan=False)
 leaves = st.builds(Leaf, rate=numbers, size=st.none() | st.integers(), mode=st.sampled_from(["auto", "on", "off"]))
 branches = st.builds(
@@ -312,6 +316,7 @@ def test_changes_are_the_leaves_that_differ(old, new):
     assert recipe.changes(before, before) == []
     for key, was, now in found:
         assert was != now
+        assert type(was) is not type(now) or not isinstance(was, list | dict), "not a leaf"
         assert (_at(before, key), _at(after, key)) == (was, now)
 
 

@@ -296,14 +296,16 @@ def test_each_run_logs_to_its_own_file(tmp_path):
 def test_metrics_are_rewound_to_a_step_and_go_on_from_there(tmp_path_factory, steps, until, torn):
     with Run.start(tmp_path_factory.mktemp("run"), Job(), tell=print) as run:
         for step in steps:
-            run.log_metrics(step=step, loss=0.5)
+            run.log_metrics(step=step, stage=0, loss=0.5)
+            run.log_metrics(step=step, stage=1, loss=0.5)
         if torn:
             with (run.folder / METRICS).open("a") as file:
                 file.write('{"step": 0, "lo')
-        run.rewind_metrics(until)
-        run.log_metrics(step=until, loss=1.5)
+        run.rewind_metrics(until, stage=0)
+        run.log_metrics(step=until, stage=0, loss=1.5)
         lines = list(read_lines(run.folder / METRICS))
-    assert lines == [{"step": step, "loss": 0.5} for step in steps if step <= until] + [{"step": until, "loss": 1.5}]
+    kept = [{"step": step, "stage": 0, "loss": 0.5} for step in steps if step <= until]
+    assert lines == [*kept, {"step": until, "stage": 0, "loss": 1.5}]
 
 
 def test_files_that_are_not_there_read_as_nothing(tmp_path):

@@ -135,6 +135,12 @@ def _as_config(sizes):
     return ModelSpec.from_config({"model_type": "llama", **sizes})
 
 
+@given(st.floats(1, 10, exclude_min=True))
+def test_initial_values_of_a_spread_that_transformers_refuses_are_refused(std):
+    with pytest.raises(ModelError, match="initializer_range"):
+        ModelSpec.stated({**SIZES, "initializer_range": std}, where="here")
+
+
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers"])
 def test_a_size_that_nothing_derives_is_asked_for_by_name(name):
     sizes = {key: size for key, size in SIZES.items() if key != name} | {"head_dim": 12, "intermediate_size": 8}

@@ -1,4 +1,4 @@
-"""A warm interpreter: carries out `espalier` command lines, each in a fork of its own, so that a start takes no seconds.
+"""A warm interpreter: carries out `espalier` command lines, each in a fork, so that a start takes no seconds.
 
 Reads a request a line from stdin and answers with a line: {"start": [arguments], ...} with the process's id,
 {"wait": id} with its exit code (negative: the signal that killed it). Run as a script by the fixtures of conftest.py.

@@ -79,14 +79,16 @@ def main() -> None:
         kind: {width: min(table, key=lambda rate: statistics.mean(table[rate])) for width, table in by_width.items()}
         for kind, by_width in losses.items()
     }
-    steps = {
-        kind: RATES[kind].index(found[256]) - RATES[kind].index(found[64]) for kind, found in best.items()
-    }
+    steps = {kind: RATES[kind].index(found[256]) - RATES[kind].index(found[64]) for kind, found in best.items()}
     result = {"date": time.strftime("%Y-%m-%d"), "losses": losses, "best": best, "grid_steps": steps}
     (HERE / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     for kind, by_width in losses.items():
         for width, table in by_width.items():
-            print(kind, width, " ".join(f"2^{len(bin(round(1 / r))) - 3}:{statistics.mean(v):.3f}" for r, v in table.items()))
+            print(
+                kind,
+                width,
+                " ".join(f"2^{len(bin(round(1 / r))) - 3}:{statistics.mean(v):.3f}" for r, v in table.items()),
+            )
         print(kind, "best", best[kind], "grid steps between the widths:", steps[kind])
 
 

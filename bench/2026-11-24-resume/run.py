@@ -60,7 +60,9 @@ def attempt(runs: Path, log: Path, kill_after: float | None) -> bool:
         with log.open("a") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
-            code = pipeline.main(runs / "run.yaml", [], runs=runs, dry_run=False, tell=lambda line: print(line, flush=True))
+            code = pipeline.main(
+                runs / "run.yaml", [], runs=runs, dry_run=False, tell=lambda line: print(line, flush=True)
+            )
         os._exit(code)
     if kill_after is not None:
         end = time.monotonic() + kill_after

@@ -177,7 +177,9 @@ def steps_between_commands(size: str):
         state["done"] += micro_batches
         if state["left"] > 0:
             return
-        print(json.dumps({"steps": state["done"], "cpu": time.process_time() - state["cpu"], "rss": peak()}), flush=True)
+        print(
+            json.dumps({"steps": state["done"], "cpu": time.process_time() - state["cpu"], "rss": peak()}), flush=True
+        )
         line = sys.stdin.readline()
         if not line:
             os._exit(0)
@@ -268,8 +270,12 @@ def main(sizes: list[str]) -> None:
         (HERE / f"result-{size}.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"{size}: bf16 peak {result['bf16_peak'] / 1e9:.0f} GFLOP/s, load {began[0]:.1f}")
         for arm, row in result["arms"].items():
-            ratio = " ".join(f"{key[3:]} {row[key][0]:.2f} [{row[key][1]:.2f}-{row[key][2]:.2f}]" for key in row if key[:3] == "vs_")
-            print(f"{ARMS[arm]:70} {row['tokens_per_cpu_second']:7.0f} tok/CPU-s {row['share_of_peak']:.0%} of peak  {ratio}")
+            ratio = " ".join(
+                f"{key[3:]} {row[key][0]:.2f} [{row[key][1]:.2f}-{row[key][2]:.2f}]" for key in row if key[:3] == "vs_"
+            )
+            print(
+                f"{ARMS[arm]:70} {row['tokens_per_cpu_second']:7.0f} tok/CPU-s {row['share_of_peak']:.0%} of peak  {ratio}"
+            )
 
 
 if __name__ == "__main__":

@@ -165,6 +165,6 @@ def _cut_torn_line(file: IO[bytes]) -> None:
 
 
 def _share(amount: float, cap: float) -> float:
-    if not amount or math.isinf(cap):
+    if not amount:
         return 0.0
     return amount / cap if cap else math.inf

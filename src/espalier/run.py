@@ -133,10 +133,11 @@ class Run:
         with files.disk_errors(self.folder), (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop logged lines beyond `step`: that work is about to be done again."""
+    def rewind_metrics(self, step: int, *, stage: int) -> None:
+        """Drop logged lines beyond `step` or of stages after `stage`: that work is about to be done again."""
         path = self.folder / METRICS
-        kept = [json.dumps(line) + "\n" for line in read_lines(path) if line.get("step", 0) <= step]
+        lines = read_lines(path)
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step and line["stage"] <= stage]
         if path.exists():
             files.write_text(path, "".join(kept))
 

@@ -169,14 +169,16 @@ class Story:
                 "matmul peak": units.si(row["peak_flops"][device["compute"]], "FLOP/s"),
                 **(self.made or {}).get("versions", {}),
             },
-            notes=[f"{kind}: {units.duration(seconds)}" for kind, seconds in self.time_by_kind().items()],
+            notes=[f"Where the time went: {self.where_time_went()}."],
         )
 
-    def time_by_kind(self) -> dict[str, float]:
-        """Seconds by what they were spent on, the most first."""
+    def where_time_went(self) -> str:
+        """What the seconds were spent on, the most first."""
         kinds = {entry.kind for entry in self.ledger.entries}
         seconds = {kind: self.ledger.spent(kind=kind).seconds for kind in kinds}
-        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+        return ", ".join(
+            f"{kind} {units.duration(seconds[kind])}" for kind in sorted(kinds, key=seconds.__getitem__, reverse=True)
+        )
 
 
 def write_page(folder: Path) -> Path:

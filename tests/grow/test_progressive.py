@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from espalier.budget import flops
@@ -14,7 +14,7 @@ from espalier.budget.plan import Plan, plan
 from espalier.errors import ModelError
 from espalier.grow import apply
 from espalier.grow.progressive import GrowthRecipe, Outcome, Setting, grow_run
-from espalier.ledger import Cost, Rates
+from espalier.ledger import Cap, Cost, Rates
 from espalier.run import METRICS, Run, read_lines
 from espalier.train import checkpoint, loop
 from espalier.train.device import Device
@@ -26,11 +26,11 @@ TOKENS = 64  # of an update
 SMALL, LARGE = {"num_hidden_layers": 1, "hidden_size": 32}, {"num_hidden_layers": 2, "hidden_size": 48}
 
 
-def recipe_of(*stages: dict, steps: int = 6, **more) -> GrowthRecipe:
+def recipe_of(*stages: dict, steps: int = 6, family: str = "granite", **more) -> GrowthRecipe:
     """Stages of `steps` updates each, saved every fourth update."""
     duration = f"{steps * TOKENS} tokens"
     return GrowthRecipe(
-        model={"head_dim": 16, "max_position_embeddings": 64},
+        model={"family": family, "head_dim": 16, "max_position_embeddings": 64},
         stages=[{"duration": duration, **stage} for stage in stages],
         train={"per_device_train_batch_size": 4, "logging_steps": 1, "evaluations": 2, "save_steps": 4},
         **more,
@@ -45,7 +45,7 @@ def plan_of(recipe: GrowthRecipe) -> Plan:
         seconds_per_token=[1e-9] * len(recipe.stages),
         basis="measured",
         rates=Rates(),
-        cap=replace(RunCap),
+        cap=Cap(),
     )
 
 
@@ -75,3 +75,200 @@ def carry_out(make_run, setting_of):
         return grow_run(recipe, plan_of(recipe), setting_of(run or make_run()))
 
     return carry_out
+
+
+@pytest.mark.parametrize("family", ["granite", "qwen3"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"num_hidden_layers": 3, "hidden_size": 32, "depth": "identity"},
+        {"num_hidden_layers": 1, "hidden_size": 64},
+        {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 160, "depth": "identity"},
+    ],
+    ids=["deeper", "wider", "both"],
+)
+def test_an_exact_growth_keeps_the_held_out_loss(carry_out, make_run, family, after):
+    run = make_run()
+    kind = "mup" if family == "granite" else "standard"
+    recipe = recipe_of(SMALL, after, family=family, parametrization={"kind": kind})
+    outcome = carry_out(recipe, run)
+    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    assert growth["loss_after"] == pytest.approx(growth["loss_before"], abs=1e-3)
+    assert growth["relative_difference"] < 1e-4
+    assert (growth["step"], growth["stage"]) == (6, 1)
+    assert (outcome.state.progress.step, outcome.state.progress.stage) == (12, 1)
+    last = recipe.path(VOCABULARY)[-1].spec
+    assert outcome.state.model.config.num_hidden_layers == last.num_hidden_layers
+    assert sum(weight.numel() for weight in outcome.state.model.parameters()) == flops.parameters(last)
+
+
+def test_stacking_changes_the_depth_and_says_what_it_did_to_the_loss(carry_out, make_run):
+    run = make_run()
+    outcome = carry_out(recipe_of(SMALL, SMALL | {"num_hidden_layers": 3, "depth": "stack"}), run)
+    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    assert len(outcome.state.model.base_model.layers) == 3
+    assert growth["growth"][0]["operator"] == "stack" and not growth["growth"][0]["exact"]
+    assert growth["relative_difference"] > 1e-4
+    assert np.isfinite(growth["loss_after"])
+
+
+def test_each_stage_has_its_share_of_the_rate(carry_out, make_run):
+    run = make_run()
+    flat = {"warmup_ratio": 0.0, "decay_ratio": 0.0, "rewarm_ratio": 0.0}
+    stages = (SMALL, SMALL | {"num_hidden_layers": 2, "rate": 0.5}, SMALL | {"num_hidden_layers": 2, "rate": 0.25})
+    carry_out(recipe_of(*stages, steps=2, schedule=flat, optimizer={"learning_rate": 0.01}), run)
+    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "loss" in line]
+    assert rates == pytest.approx([0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025])
+
+
+def test_all_stages_read_one_data_order_once(carry_out, stream, monkeypatch):
+    asked = []
+    original = type(stream).batch
+    monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
+    carry_out(recipe_of(SMALL, LARGE))
+    assert asked == [(4 * step, 4) for step in range(12)]
+
+
+def test_every_token_and_flop_is_charged_to_its_stage(carry_out, make_run):
+    run = make_run()
+    recipe = recipe_of(SMALL, LARGE)
+    outcome = carry_out(recipe, run)
+    for number, stage in enumerate(plan_of(recipe).stages):
+        spent = run.ledger.spent(kind="train", stage=number)
+        assert (spent.tokens, spent.flops) == (stage.cost.tokens, pytest.approx(stage.cost.flops))
+        evaluated = run.ledger.spent(kind="evaluate", stage=number)
+        per_evaluation = 128 * stage.flops_per_token / 3
+        assert evaluated.flops == pytest.approx(per_evaluation * (1 if number == 0 else 2))
+    assert outcome.state.progress.flops == pytest.approx(run.ledger.spent(kind="train").flops)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Send a run its stop signal at the end of one update."""
+
+    def stop_after(run: Run, step: int) -> None:
+        original = loop.update
+
+        def update(state, *more):
+            done = original(state, *more)
+            if state.progress.step == step:
+                run.stop_signal = signal.SIGTERM
+            return done
+
+        monkeypatch.setattr(loop, "update", update)
+
+    return stop_after
+
+
+@pytest.fixture
+def reopened(make_run, tmp_path):
+    """The run folder, as a new process opens it."""
+
+    def reopened(run: Run) -> Run:
+        run.close()
+        again = make_run()
+        again.folder = run.folder
+        return again
+
+    return reopened
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 7, 11])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bits(
+    carry_out, make_run, reopened, stop_after, step, optimizer, told
+):
+    recipe = recipe_of(SMALL, LARGE | {"depth": "identity"}, optimizer={"name": optimizer})
+    whole = carry_out(recipe)
+    run = make_run()
+    stop_after(run, step)
+    torch.manual_seed(step)
+    stopped = carry_out(recipe, run)
+    assert stopped.ending == "signal" and stopped.state.progress.step == step
+    again = reopened(run)
+    resumed = carry_out(recipe, again)
+    assert any(line.startswith(f"Resumed at step {step} ") for line in told)
+    assert resumed.ending == whole.ending == "done"
+    assert resumed.held_out == whole.held_out
+    expected = whole.state.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
+    moments = whole.state.optimizer.state()
+    for name, quantities in resumed.state.optimizer.state().items():
+        assert all(torch.equal(value, moments[name][key]) for key, value in quantities.items())
+    lines = list(read_lines(again.folder / METRICS))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert sum("growth" in line for line in lines) == 1
+    assert len({(line["step"], line["stage"]) for line in lines if "eval_loss" in line}) == sum(
+        "eval_loss" in line for line in lines
+    )
+
+
+@pytest.fixture
+def broken_growth(monkeypatch):
+    """A growth that promises to be exact and isn't."""
+    original = apply.grow_model
+
+    def grow_model(*args, **more):
+        model = original(*args, **more)
+        with torch.no_grad():
+            model.base_model.norm.weight *= 1.01
+        return model
+
+    monkeypatch.setattr(apply, "grow_model", grow_model)
+
+
+def test_a_growth_that_breaks_its_promise_is_refused_and_the_model_before_it_kept(
+    carry_out, make_run, broken_growth, tmp_path
+):
+    run = make_run()
+    with pytest.raises(ModelError, match=r"growth into stage 2: found logits that differ by .* identity") as refusal:
+        carry_out(recipe_of(SMALL, LARGE | {"depth": "identity"}), run)
+    assert refusal.value.exit_code == 4
+    path = checkpoint.newest(run.folder, print)
+    _, moments, progress = checkpoint.load(path)
+    assert (progress.step, progress.stage) == (6, 0) and moments
+    assert not any("growth" in line for line in read_lines(run.folder / METRICS))
+
+
+def test_a_growth_that_promises_nothing_may_change_the_function(carry_out, broken_growth):
+    outcome = carry_out(recipe_of(SMALL, SMALL | {"num_hidden_layers": 2, "depth": "stack"}))
+    assert outcome.ending == "done"
+
+
+@settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+@given(share=st.floats(0.05, 1.3), rows=st.sampled_from([1, 8, 40]))
+def test_a_budget_of_flops_is_never_passed_even_by_growth_and_evaluation(make_run, setting_of, share, rows):
+    recipe = recipe_of(SMALL, LARGE, steps=3)
+    made = plan_of(recipe)
+    evaluation = 16 * rows * made.stages[-1].flops_per_token / 3
+    cap = share * (made.total.flops + 6 * evaluation) + 3 * evaluation
+    run = make_run(flops=cap)
+    outcome = grow_run(recipe, made, setting_of(run, rows=rows, reserve=Cost(flops=3 * evaluation)))
+    assert run.ledger.total.flops <= cap
+    assert outcome.held_out is not None and outcome.ending in ("budget", "done")
+    if outcome.ending == "budget":
+        number = outcome.state.progress.stage
+        assert run.ledger.total.flops + TOKENS * made.stages[number].flops_per_token + 3 * evaluation > cap
+
+
+@pytest.mark.parametrize(
+    "stages, where",
+    [
+        ((LARGE, SMALL), "stage 2: hidden_size|stage 2: num_hidden_layers"),
+        ((SMALL, SMALL | {"hidden_size": 40}), "stage 2"),
+        ((SMALL, SMALL | {"num_attention_heads": 3, "num_key_value_heads": 2}), "stage 2"),
+        ((SMALL, LARGE, LARGE | {"intermediate_size": 96}), "stage 3: intermediate_size"),
+    ],
+    ids=["shrinks", "heads", "groups", "narrower"],
+)
+def test_a_path_that_cannot_be_grown_is_refused_before_anything_is_trained(stages, where):
+    with pytest.raises(ModelError, match=where):
+        recipe_of(*stages).path(VOCABULARY)
+
+
+def test_the_model_ends_its_texts_with_the_tokenizer_s_token(carry_out, stream, setting_of, make_run):
+    recipe = recipe_of(SMALL, LARGE, steps=1)
+    setting = setting_of(make_run())
+    setting = replace(setting, train_stream=replace(stream, eos_id=7))
+    model = grow_run(recipe, plan_of(recipe), setting).state.model
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 7

@@ -129,7 +129,9 @@ def test_a_flipped_bit_anywhere_is_found_and_the_step_before_is_used(two_checkpo
 
 
 @pytest.mark.parametrize(
-    "key, value", [("bytes", None), ("sha256", None), ("bytes", "1"), ("sha256", 5)], ids=["no size", "no hash", "s", "h"]
+    "key, value",
+    [("bytes", None), ("sha256", None), ("bytes", "1"), ("sha256", 5)],
+    ids=["no size", "no hash", "s", "h"],
 )
 def test_a_manifest_that_lost_a_key_is_damage(two_checkpoints, tmp_path, told, key, value):
     older, newer = two_checkpoints

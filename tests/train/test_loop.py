@@ -147,7 +147,7 @@ amounts = st.floats(0.5, 40)
 
 @settings(deadline=None, max_examples=40)
 @given(
-    caps=st.fixed_dictionaries({}, optional={name: amounts for name in ("tokens", "flops", "seconds", "usd", "kwh")}),
+    caps=st.fixed_dictionaries({}, optional=dict.fromkeys(("tokens", "flops", "seconds", "usd", "kwh"), amounts)),
     rates=st.builds(Rates, usd_per_hour=st.floats(0, 7200), watts=st.floats(0, 7.2e6)),
     seconds=st.lists(st.floats(0.01, 3), min_size=1, max_size=30),
     reserve=st.builds(Cost, flops=st.floats(0, 5), seconds=st.floats(0, 5)),

@@ -17,9 +17,7 @@ def steps(count: int, stage: int = 0):
     state = State(None, None, None, Progress(stage=stage))
     for number in range(1, count + 1):
         progress = state.progress
-        state.progress = replace(
-            progress, step=number, samples=4 * number, tokens=64 * number, flops=640.0 * number
-        )
+        state.progress = replace(progress, step=number, samples=4 * number, tokens=64 * number, flops=640.0 * number)
         yield state, Step(float(number), 2.0 * number, 0.1 * number, tokens=64, flops=640.0, seconds=1.0)
 
 

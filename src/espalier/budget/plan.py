@@ -22,7 +22,8 @@ from espalier.spec import ModelSpec
 
 Unit = Literal["tokens", "flops", "share"]
 Basis = Literal["measured", "estimated"]
-_DURATION = re.compile(r"\s*([0-9][0-9_.]*(?:e[+-]?[0-9]+)?)\s*([kMGTPE]?)\s*(%|tokens|flops)\s*", re.IGNORECASE)
+_NUMBER = r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)"
+_DURATION = re.compile(rf"\s*{_NUMBER}\s*(?:(%)|([kMGTPE]?)\s*(tokens|flops))\s*", re.IGNORECASE)
 _PREFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
 
@@ -39,12 +40,13 @@ class Duration:
         match = _DURATION.fullmatch(str(text))
         if not match:
             raise ValueError(f"{text!r} isn't a duration; write '3M tokens', '2T flops' or '25%' (of the budget)")
-        number, prefix, unit = float(match[1].replace("_", "")), match[2].upper(), match[3].lower()
-        if number <= 0:
-            raise ValueError(f"{text!r} is no time at all")
-        if unit == "%":
-            return cls(number / 100, "share")
-        return cls(number * _PREFIX[prefix], "tokens" if unit == "tokens" else "flops")
+        number, percent, prefix, unit = match.groups()
+        amount = float(number) / 100 if percent else float(number) * _PREFIX[prefix.upper()]
+        if not 0 < amount < math.inf:
+            raise ValueError(f"{text!r} is no time at all" if amount == 0 else f"{text!r} is a duration without end")
+        if percent:
+            return cls(amount, "share")
+        return cls(amount, "tokens" if unit.lower() == "tokens" else "flops")
 
 
 def _checked(text: str) -> str:

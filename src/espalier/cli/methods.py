@@ -25,7 +25,6 @@ def register(app: typer.Typer) -> None:
 _PURPOSE = {
     "budget": "measure and price",
     "data": "prepare text",
-    "train": "train",
     "grow": "make a model larger",
     "evaluate": "find out what a model can do",
 }

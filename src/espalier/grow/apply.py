@@ -131,7 +131,7 @@ class ZeroPadRecipe(GrowRecipe):
 
 @method(paper="arXiv 2405.15319", needs="a model folder", costs="reading and writing the weights")
 def grow_stack(recipe: StackRecipe, run: Run) -> ModelFolder:
-    """Repeat the block of layers: fastest to train on, but the loss jumps at first."""
+    """Repeat the block of layers: all of it learns at once, but the loss jumps at first."""
     parent = ModelFolder.open(recipe.model)
     layers = recipe.layers or recipe.factor * parent.spec.num_hidden_layers  # type: ignore[operator]
     return _grow(recipe, run, parent, stack(parent.spec, _reach(parent.spec, {"num_hidden_layers": layers})))

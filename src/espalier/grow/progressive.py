@@ -120,7 +120,10 @@ def _growths(before: ModelSpec, after: ModelSpec, stage: StageRecipe, number: in
 
 @dataclass(frozen=True)
 class Setting:
-    """What a growth run works with, beside its recipe and plan."""
+    """What a growth run works with, beside its recipe and plan.
+
+    reserve  what is kept back: two held-out losses of a growth, one at the end, and whatever follows the run
+    """
 
     run: Run
     train_stream: Stream
@@ -160,20 +163,20 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         peak_flops=setting.peak_flops,
         samples_per_epoch=setting.train_stream.rows,
     )
+    every = max(plan.steps // recipe.train.evaluations, 1)
+    validates = [
+        moments.Validate(run, meter, setting.held_out, every=every, flops_per_token=stage.flops_per_token / 3)
+        for stage in plan.stages
+    ]
     ending: Ending = "done"
     with moments.Bar(run, steps=plan.steps, stages=len(plan.stages), terminal=setting.terminal) as bar:
         for number, stage in enumerate(plan.stages):
             if state.progress.step >= stage.last_step and number < len(plan.stages) - 1:
                 continue
-            validate = moments.Validate(
-                run,
-                meter,
-                setting.held_out,
-                every=max(plan.steps // recipe.train.evaluations, 1),
-                flops_per_token=stage.flops_per_token / 3,
-            )
+            validate = validates[number]
             if number > state.progress.stage:
-                state = _grow(recipe, plan, setting, state, number, validate)
+                save.now(state)  # a growth that fails or is broken off begins again from here
+                state = _grow(recipe, plan, setting, state, number, validates[number - 1], validate)
             meter.expect(stage.cost * (1 / stage.steps))
             segment = Segment(
                 until_step=stage.last_step,
@@ -190,7 +193,7 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     if ending == "signal":
         save.now(state)
         return Outcome(state, ending)
-    return Outcome(state, ending, validate.now(state))
+    return Outcome(state, ending, validates[state.progress.stage].now(state))
 
 
 def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
@@ -204,8 +207,9 @@ def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
     from espalier.train.checkpoint import Progress
 
     spec = plan.stages[0].spec
-    model = build.build(spec, recipe.parametrization, seed=recipe.seed)
-    setting.run.rewind_metrics(0)
+    eos_id = setting.train_stream.eos_id
+    model = build.build(spec, recipe.parametrization, seed=recipe.seed, eos_token_id=eos_id)
+    setting.run.rewind_metrics(0, stage=0)
     return _state(recipe, setting, spec, model, Progress(), {})
 
 
@@ -216,7 +220,7 @@ def _resume(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State | None:
     if path is None:
         return None
     model, moments, progress = checkpoint.load(path)
-    setting.run.rewind_metrics(progress.step)
+    setting.run.rewind_metrics(progress.step, stage=progress.stage)
     setting.run.tell(f"Resumed at step {progress.step} from {path}, verified.")
     return _state(recipe, setting, plan.stages[progress.stage].spec, model, progress, moments)
 
@@ -253,17 +257,19 @@ def _save(recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State) -> N
     )
 
 
-def _grow(recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State, number: int, validate: Validate) -> State:
+def _grow(
+    recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State, number: int, before: Validate, after: Validate
+) -> State:
     """Grow into stage `number`; refuse, and keep the model as it was, when an exact operator wasn't."""
     from espalier.grow import apply, preserve
     from espalier.model import axes
     from espalier.train.moments import spending
 
-    run, after = setting.run, plan.stages[number].spec
-    growths = recipe.path(after.vocab_size)[number].growths
-    before_loss = validate.now(state)
+    run, spec = setting.run, plan.stages[number].spec
+    growths = recipe.path(spec.vocab_size)[number].growths
+    before_loss = before.now(state)
     setting.device.release(state.model)
-    std_of = recipe.parametrization.std_of(after)
+    std_of = recipe.parametrization.std_of(spec)
     model = apply.grow_model(state.model, growths, seed=recipe.seed + number, std_of=std_of)
     batch = setting.train_stream.sequential(0, 1)
     kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
@@ -277,9 +283,9 @@ def _grow(recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State, numb
     layout = axes.discover(state.model.config.to_dict())
     moments = apply.grow_moments(state.optimizer.state(), growths, layout)
     progress = replace(state.progress, stage=number, stage_step=state.progress.step)
-    grown = _state(recipe, setting, after, model, progress, moments)
+    grown = _state(recipe, setting, spec, model, progress, moments)
     run.charge("grow", stage=number, step=progress.step)
-    after_loss = validate.now(grown)
+    after_loss = after.now(grown)
     run.log_metrics(
         step=progress.step,
         stage=number,

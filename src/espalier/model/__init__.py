@@ -1,3 +1,1 @@
 """Model: build, load, name the axes of, and reshape causal language models."""
-
-METHODS: dict[str, str] = {}

@@ -1,3 +1,1 @@
 """Training: one loop, to which objectives, schedules and moments are passed."""
-
-METHODS: dict[str, str] = {}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich import progress as rich_progress
 
 from espalier import units
 from espalier.ledger import Cost
 from espalier.run import Run
+from espalier.train.checkpoint import Progress
 from espalier.train.loop import Meter, State, Step
 from espalier.train.validate import HeldOut
 
@@ -60,16 +61,20 @@ class Validate:
     ):
         self.run, self.meter, self.held_out, self.every = run, meter, held_out, every
         self.flops_per_token = flops_per_token
+        self._taken: tuple[Progress, HeldOut] | None = None
 
     def __call__(self, state: State, step: Step) -> None:
         if state.progress.step % self.every == 0:
             self.now(state)
 
     def now(self, state: State) -> HeldOut:
-        """Evaluate and log, whatever the step."""
+        """Evaluate and log, whatever the step; once for a state, however often it is asked for."""
+        progress = state.progress
+        if self._taken and self._taken[0] == progress:
+            return self._taken[1]
         self.meter.flush(state)
         result = self.held_out(state)
-        progress = state.progress
+        self._taken = progress, result
         self.run.charge(
             "evaluate", flops=result.tokens * self.flops_per_token, stage=progress.stage, step=progress.step
         )
@@ -91,15 +96,19 @@ class Save:
 
     def __init__(self, run: Run, meter: Meter, save: Callable[[State], None], *, every: int):
         self.run, self.meter, self.save, self.every = run, meter, save, every
+        self._saved: Progress | None = None
 
     def __call__(self, state: State, step: Step) -> None:
         if state.progress.step % self.every == 0:
             self.now(state)
 
     def now(self, state: State) -> None:
-        """Save, whatever the step."""
+        """Save, whatever the step; once for a state, however often it is asked for."""
+        if self._saved == state.progress:
+            return
         self.meter.flush(state)
         self.save(state)
+        self._saved = state.progress
         self.run.charge("checkpoint", stage=state.progress.stage, step=state.progress.step)
 
 
@@ -109,11 +118,11 @@ class Bar:
     def __init__(self, run: Run, *, steps: int, stages: int, terminal: bool):
         self.run, self.steps, self.stages, self.terminal = run, steps, stages, terminal
         self._told = 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}"),
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.TaskProgressColumn(),
+            rich_progress.TextColumn("{task.fields[figures]}"),
             transient=True,
             disable=not terminal,
         )
