@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -114,6 +115,14 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait while the command runs, a minute at most, until a condition holds."""
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end, "waited a minute in vain"
+            assert psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE, self.wait()
+            time.sleep(0.002)
+
     def wait(self) -> Done:
         code = self.espalier.ask({"wait": self.pid})
         out, err = (self.output.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
@@ -210,19 +219,6 @@ def finished(warm, recipe_file, tmp_path_factory) -> Path:
 def copy_of_finished(finished, tmp_path) -> Path:
     """A copy of the finished run, where tmp_path's commands find it."""
     return Path(shutil.copytree(finished, tmp_path / "runs" / "tiny"))
-
-
-@pytest.fixture
-def until() -> Callable[[Callable[[], bool]], None]:
-    """Wait until a condition holds, a minute at most."""
-
-    def until(condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < end, "waited a minute in vain"
-            time.sleep(0.002)
-
-    return until
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import inspect
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier import method
@@ -49,6 +49,7 @@ def test_names_are_told_apart_and_every_verb_with_methods_is_listed():
 
 
 @given(st.sampled_from(CARDS), st.integers(0, 30), st.sampled_from("abcxyz"))
+@settings(deadline=None, max_examples=25)
 def test_a_name_with_a_slip_is_answered_with_the_nearest(card, place, letter):
     name = card.full_name
     place %= len(name)

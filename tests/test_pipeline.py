@@ -119,11 +119,11 @@ def test_a_finished_run_is_not_done_again(espalier, copy_of_finished, recipe_fil
     "number, code, step", [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 24)], ids=["ctrl-c", "terminate"]
 )
 def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(
-    espalier, recipe_file, finished, until, logged_steps, number, code, step, tmp_path
+    espalier, recipe_file, finished, logged_steps, number, code, step, tmp_path
 ):
     run = tmp_path / "runs" / "tiny"
     command = espalier.start("run", recipe_file)
-    until(lambda: logged_steps(run) >= step)
+    command.until(lambda: logged_steps(run) >= step)
     command.send(number)
     stopped = command.wait()
     assert stopped.code == code, stopped.err
@@ -148,13 +148,13 @@ def killed(command) -> bool:
 
 
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
-    espalier, recipe_file, finished, tmp_path, until, logged_steps
+    espalier, recipe_file, finished, tmp_path, logged_steps
 ):
     run, moment = tmp_path / "runs" / "tiny", random.Random(7)
     for _ in range(3):
         command = espalier.start("run", recipe_file)
         step = logged_steps(run) + moment.randrange(12)
-        until(lambda step=step: logged_steps(run) >= step)
+        command.until(lambda step=step: logged_steps(run) >= step)
         time.sleep(moment.uniform(0, 0.1))
         assert killed(command)
     done = espalier("run", recipe_file)
@@ -168,11 +168,11 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
     "sign", [RECIPE, PLAN, f"{files.PARTIAL}checkpoint-*", "checkpoint-7", f"{files.PARTIAL}{FINAL}-*", FINAL]
 )
 def test_killed_while_something_is_written_a_run_ends_with_the_same_bits(
-    espalier, recipe_file, finished, tmp_path, until, sign
+    espalier, recipe_file, finished, tmp_path, sign
 ):
     run = tmp_path / "runs" / "tiny"
     command = espalier.start("run", recipe_file)
-    until(lambda: run.exists() and any(run.glob(sign)))
+    command.until(lambda: run.exists() and any(run.glob(sign)))
     assert killed(command)
     done = espalier("run", recipe_file)
     assert done.code == 0, done.err
@@ -207,19 +207,19 @@ def test_a_budget_that_ends_first_leaves_a_usable_model(espalier, recipe_file, f
     assert "nothing to do" in espalier(*command).out
 
 
-def test_two_processes_do_not_share_a_run(espalier, recipe_file, tmp_path, until):
+def test_two_processes_do_not_share_a_run(espalier, recipe_file, tmp_path):
     run = tmp_path / "runs" / "tiny"
     first = espalier.start("run", recipe_file)
-    until(lambda: (run / RECIPE).exists())
+    first.until(lambda: (run / RECIPE).exists())
     second = espalier("run", recipe_file)
     assert second.code == 5 and "another process" in second.err
     assert first.wait().code == 0
 
 
-def test_the_plan_is_settled_once_and_kept_by_whoever_goes_on(espalier, recipe_file, until, tmp_path):
+def test_the_plan_is_settled_once_and_kept_by_whoever_goes_on(espalier, recipe_file, tmp_path):
     run = tmp_path / "runs" / "tiny"
     command = espalier.start("run", recipe_file)
-    until(lambda: (run / PLAN).exists())
+    command.until(lambda: (run / PLAN).exists())
     assert killed(command)
     plan = (run / PLAN).read_bytes()
     assert espalier("run", recipe_file).code == 0

@@ -18,15 +18,14 @@ from pydantic import Field
 from espalier import errors, files, planner, recipe
 from espalier.budget import flops, memory
 from espalier.budget.plan import Plan
+from espalier.data.prepare import Corpus, corpus
 from espalier.grow.progressive import grow_run
-from espalier.planner import Machine, PlannedRecipe
+from espalier.planner import PlannedRecipe, Settled
 from espalier.report import Report
 from espalier.run import FINAL, RESULTS, Run
 
 if TYPE_CHECKING:
-    from espalier.data.pack import Tokens
     from espalier.grow.progressive import Outcome
-    from espalier.train.device import Device
 
 # What is kept back for the samples, the export and the page.
 EXPORT_SECONDS = 10.0
@@ -66,32 +65,24 @@ def main(path: Path, overrides: list[str], *, runs: Path, dry_run: bool, tell: C
 def pretrain(resolved: PretrainRecipe, run: Run) -> int:
     """The main job in a run folder: exit code 0 when done, else that of the way in which it ended early."""
     from espalier import story
-    from espalier.data import pack, tokenizer
-    from espalier.data.prepare import prepare
 
     here = planner.machine(resolved, run)
     run.charge("start")
     planner.settle(resolved, here, run)  # refuses what can't be done before anything goes into data
     run.charge("plan")
 
-    dataset = prepare(resolved.data, home=files.home(), tell=run.tell)
-    given, vocab_size = resolved.data.tokenizer, resolved.data.vocab_size
-    vocabulary = tokenizer.choose(given, dataset, vocab_size, home=files.home(), tell=run.tell)
-    tokens = {
-        split: pack.tokenize(dataset, split, vocabulary, home=files.home(), tell=run.tell)
-        for split in ("train", "validation")
-    }
+    text = corpus(resolved.data, home=files.home(), tell=run.tell)
     run.charge("data")
 
-    plan, device = planner.settle(resolved, here, run)
-    planner.keep(plan, device, here, run)
-    story.tell_plan(plan, run.ledger.cap)
+    settled = planner.settle(resolved, here, run)
+    settled.keep(run)
+    story.tell_plan(settled.plan, run.ledger.cap)
     run.charge("plan")
 
-    outcome = _grow(resolved, plan, device, here, tokens, vocabulary, run)
+    outcome = _grow(resolved, settled, text, run)
     if outcome.ending == "signal":
         return _interrupted(run)
-    _export(resolved, plan, outcome, device, here, vocabulary, run)
+    _export(resolved, settled, outcome, text.tokenizer, run)
     page = story.write_page(run.folder)
     run.finish("finished", {"done": "", "budget": "the budget was spent"}[outcome.ending])
     story.tell(run.folder)
@@ -99,15 +90,8 @@ def pretrain(resolved: PretrainRecipe, run: Run) -> int:
     return errors.EXIT_BUDGET_SPENT if outcome.ending == "budget" else 0
 
 
-def _grow(
-    resolved: PretrainRecipe,
-    plan: Plan,
-    device: Device,
-    here: Machine,
-    tokens: dict[str, Tokens],
-    vocabulary: Path,
-    run: Run,
-) -> Outcome:
+def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) -> Outcome:
+    """The growth run on the corpus, with its streams, its held-out loss and its reserve."""
     from espalier.data import tokenizer
     from espalier.data.stream import Stream
     from espalier.grow.progressive import Setting
@@ -115,45 +99,38 @@ def _grow(
     from espalier.train.objectives import NextToken, chunk_loss
     from espalier.train.validate import HeldOut, validate
 
-    words = tokenizer.load(vocabulary)
-    lengths = tokenizer.byte_lengths(words)
+    plan, device, data = settled.plan, settled.device, resolved.data
     train_stream, held_out_stream = (
         Stream(
-            tokens[split],
-            sequence_length=resolved.data.sequence_length,
+            tokens,
+            sequence_length=data.sequence_length,
             seed=resolved.seed,
-            attend=resolved.data.attend,
-            eos_id=tokenizer.eos_id(vocabulary),
+            attend=data.attend,
+            eos_id=tokenizer.eos_id(text.tokenizer),
         )
-        for split in ("train", "validation")
+        for tokens in (text.train, text.validation)
     )
-    rows = min(_eval_tokens(resolved, plan) // resolved.data.sequence_length, held_out_stream.rows)
-
+    lengths = tokenizer.byte_lengths(tokenizer.load(text.tokenizer))
+    rows = min(_eval_tokens(resolved, plan) // data.sequence_length, held_out_stream.rows)
     objective = NextToken(device.compiled(chunk_loss))
 
     def held_out(state: State) -> HeldOut:
         return validate(
-            state.model,
-            held_out_stream,
-            lengths,
-            objective,
-            device,
-            rows=rows,
-            micro_rows=resolved.micro_rows,
+            state.model, held_out_stream, lengths, objective, device, rows=rows, micro_rows=resolved.micro_rows
         )
 
     # Kept back: the evaluations of a growth that may be under way, the last one, and the export.
     last = plan.stages[-1]
-    evaluation = last.cost * (rows * resolved.data.sequence_length / last.cost.tokens / 3)
+    evaluation = last.cost * (rows * data.sequence_length / last.cost.tokens / 3)
     setting = Setting(
         run=run,
         train_stream=train_stream,
         held_out=held_out,
         objective=objective,
-        tokenizer=vocabulary,
+        tokenizer=text.tokenizer,
         device=device,
-        reserve=replace(evaluation * 3 + here.rates.cost(EXPORT_SECONDS), tokens=0.0),
-        peak_flops=here.hardware.peak_flops[device.compute],
+        reserve=replace(evaluation * 3 + settled.machine.rates.cost(EXPORT_SECONDS), tokens=0.0),
+        peak_flops=settled.machine.hardware.peak_flops[device.compute],
         terminal=sys.stdout.isatty(),
     )
     return grow_run(resolved, plan, setting)
@@ -172,9 +149,7 @@ def _eval_tokens(resolved: PretrainRecipe, plan: Plan) -> int:
     return int(min(max(affordable, least), MOST_EVAL_TOKENS))
 
 
-def _export(
-    resolved: PretrainRecipe, plan: Plan, outcome: Outcome, device: Device, here: Machine, vocabulary: Path, run: Run
-) -> None:
+def _export(resolved: PretrainRecipe, settled: Settled, outcome: Outcome, vocabulary: Path, run: Run) -> None:
     """The final model folder, with results, samples, made.json and card."""
     from espalier.card import model_card
     from espalier.data import tokenizer
@@ -183,7 +158,7 @@ def _export(
 
     state = outcome.state
     model = state.model
-    device.release(model)
+    settled.device.release(model)
     results = Report(run.name, context={"tokens": state.progress.tokens, "step": state.progress.step})
     held_out = outcome.held_out
     assert held_out is not None, "only a signal ends a run without its held-out loss"
@@ -200,9 +175,9 @@ def _export(
         made: dict[str, Any] = run.made(
             "pretrain",
             seed=resolved.seed,
-            hardware=here.hardware.name,
+            hardware=settled.machine.hardware.name,
             measured=list(run.ledger.entries[-1].measured),
-            stages=[stage.spec.model_dump() for stage in plan.stages],
+            stages=[stage.spec.model_dump() for stage in settled.plan.stages],
         )
         run.write_made(folder, made)
         parameters = flops.parameters(state.spec)

@@ -51,8 +51,8 @@ class PlannedRecipe(GrowthRecipe):
         from espalier.data import tokenizer
 
         given = self.data.tokenizer
-        vocab_size = tokenizer.load(Path(given)).get_vocab_size() if given else self.data.vocab_size
-        return [stage.spec for stage in self.path(vocab_size)]
+        ids = tokenizer.id_count(tokenizer.load(Path(given))) if given else self.data.vocab_size
+        return [stage.spec for stage in self.path(ids)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,25 @@ class Machine:
 
     hardware: hardware.Hardware
     rates: Rates
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is going to be done, and with what: a plan, the way to compute, the machine and its prices."""
+
+    plan: Plan
+    device: Device
+    machine: Machine
+
+    def keep(self, run: Run) -> None:
+        """Write plan.json: from here on the run does the same, wherever it is taken up again."""
+        values = {
+            "plan": self.plan.to_json(),
+            "device": asdict(self.device),
+            "hardware": asdict(self.machine.hardware),
+            "rates": asdict(self.machine.rates),
+        }
+        files.write_json(run.folder / PLAN, values)
 
 
 def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
@@ -80,13 +99,13 @@ def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
     return Machine(row, rates)
 
 
-def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> tuple[Plan, Device]:
+def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
     """The plan for what is left of the budget, and the device to carry it out on; plan.json's, once there is one."""
     from espalier.train.device import Device
 
     kept = read_json(run.folder / PLAN, None)
     if kept:
-        return Plan.from_json(kept["plan"]), Device(**kept["device"])
+        return Settled(Plan.from_json(kept["plan"]), Device(**kept["device"]), here)
     device = _choose_compute(recipe, here)
     speeds = _probe(recipe, device, recipe.specs())
     made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", run.ledger.total)
@@ -96,18 +115,7 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> tuple[Plan, Device
         if recipe.train.torch_compile == "on" or _seconds(made, recipe, faster) < _seconds(made, recipe, speeds):
             device, speeds = compiled, faster
             made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", run.ledger.total)
-    return made, device
-
-
-def keep(made: Plan, device: Device, here: Machine, run: Run) -> None:
-    """Write plan.json."""
-    values = {
-        "plan": made.to_json(),
-        "device": asdict(device),
-        "hardware": asdict(here.hardware),
-        "rates": asdict(here.rates),
-    }
-    files.write_json(run.folder / PLAN, values)
+    return Settled(made, device, here)
 
 
 def priced(recipe: PlannedRecipe) -> str:

@@ -70,7 +70,7 @@ class Run:
         self.ledger = Ledger(folder / LEDGER, cap)
         self.energy: Callable[[], float] | None = None
         self._kwh = 0.0
-        self._charged_until = since or time.time()
+        self._charged_until = time.monotonic() - (time.time() - since if since else 0.0)
         self.stop_signal: int | None = None
         self._lock: int | None = None
         self._handler: logging.Handler | None = None
@@ -144,7 +144,7 @@ class Run:
     @property
     def uncharged_seconds(self) -> float:
         """Time since the last entry; what a new process needed to get here counts too."""
-        return time.time() - self._charged_until
+        return time.monotonic() - self._charged_until
 
     def charge(self, kind: str, *, tokens: float = 0.0, flops: float = 0.0, **where: Any) -> Cost:
         """Enter the work stated, and all the time since the last entry, as `kind`: so no second goes uncounted.

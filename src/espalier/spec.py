@@ -124,6 +124,16 @@ class ModelSpec(BaseModel):
         """Width of the keys (or values) of all key-value heads together."""
         return self.num_key_value_heads * self.head_dim
 
+    def require_vocabulary(self, ids: int, *, where: str) -> None:
+        """Refuse a tokenizer of `ids` ids for which the embedding has too few rows; too many do no harm."""
+        if ids > self.vocab_size:
+            raise ModelError(
+                where,
+                found=f"a tokenizer of {ids} ids and an embedding of {self.vocab_size} rows",
+                expected="a row for every id",
+                mend=f"Set model.vocab_size={ids}, or use the tokenizer that the model was trained with.",
+            )
+
     def changed(self, **sizes: Any) -> ModelSpec:
         """This spec with some fields replaced, checked again."""
         return ModelSpec.model_validate({**self.model_dump(), **sizes})

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from espalier import page, units
 from espalier.budget.plan import Plan, StagePlan
@@ -211,7 +212,7 @@ def tell(folder: Path) -> None:
         loss = f", held-out loss {row.loss:.3f}" if row.loss is not None else ""
         console.print(f"{row.name}: {row.shape}, {units.count(row.parameters)} parameters{loss}", highlight=False)
     for prompt, completion in story.results.context.get("samples", []) if story.results else []:
-        console.print(f"[dim]sample[/dim] [bold]{_escaped(prompt)}[/bold]{_escaped(completion)}", highlight=False)
+        console.print(Text.assemble(("sample ", "dim"), (prompt, "bold"), completion))
 
 
 def tell_plan(plan: Plan, cap: Cap) -> None:
@@ -247,7 +248,3 @@ def grown(before: StagePlan, after: StagePlan) -> str:
         if getattr(before.spec, key) != getattr(after.spec, key)
     ]
     return ", ".join(changed[:2])
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -128,6 +128,7 @@ def test_the_standard_library_is_read_in_order_and_without_its_tests():
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(TEXT, min_size=1, max_size=8), st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n"]))
+@example(["a\u2028b\x85c\x0cd"], False, "\n")
 def test_every_text_comes_back_from_json_lines(temporary, written, ascii_only, newline):
     lines = [json.dumps({"text": text, "n": 1}, ensure_ascii=ascii_only) for text in written]
     path = write(temporary() / "rows.jsonl", newline.join(lines))

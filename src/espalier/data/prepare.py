@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator
 
@@ -22,6 +23,9 @@ from espalier.errors import DataError
 from espalier.method import method
 from espalier.recipe import Recipe
 from espalier.run import Run
+
+if TYPE_CHECKING:
+    from espalier.data.pack import Tokens
 
 TRAIN, VALIDATION = "train", "validation"
 QUARANTINE = "quarantine.jsonl"
@@ -47,20 +51,33 @@ class DataRecipe(Recipe):
         return given if isinstance(given, list | tuple) else [given]
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """A dataset with its tokenizer's folder and the tokens of both splits."""
+
+    dataset: Dataset
+    tokenizer: Path
+    train: Tokens
+    validation: Tokens
+
+
 @method(costs="one pass over the text; disk for its compressed copy and 2 bytes a token (4 above 65535 ids)")
 def prepare_data(recipe: DataRecipe, run: Run) -> Dataset:
     """Read, deduplicate and split the sources, train the tokenizer, and tokenise both splits.
 
     Everything lands in the cache, where training finds it.
     """
+    return corpus(recipe, home=files.home(), tell=run.tell).dataset
+
+
+def corpus(recipe: DataRecipe, *, home: Path, tell: Callable[[str], None]) -> Corpus:
+    """All that training needs of a recipe's text, from `home` as far as it was made before."""
     from espalier.data import pack, tokenizer
 
-    home = files.home()
-    dataset = prepare(recipe, home=home, tell=run.tell)
-    chosen = tokenizer.choose(recipe.tokenizer, dataset, recipe.vocab_size, home=home, tell=run.tell)
-    for split in (TRAIN, VALIDATION):
-        pack.tokenize(dataset, split, chosen, home=home, tell=run.tell)
-    return dataset
+    dataset = prepare(recipe, home=home, tell=tell)
+    chosen = tokenizer.choose(recipe.tokenizer, dataset, recipe.vocab_size, home=home, tell=tell)
+    train, validation = (pack.tokenize(dataset, split, chosen, home=home, tell=tell) for split in (TRAIN, VALIDATION))
+    return Corpus(dataset, chosen, train, validation)
 
 
 def prepare(recipe: DataRecipe, *, home: Path, tell: Callable[[str], None]) -> Dataset:

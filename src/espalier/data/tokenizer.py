@@ -115,10 +115,15 @@ def eos_id(path: Path) -> int:
     return found
 
 
+def id_count(tokenizer: Tokenizer) -> int:
+    """How many rows an embedding needs: the largest id and one. Ids may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """How many bytes of text each id stands for, int64 [ids]; 0 for special tokens and unused ids."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    lengths = np.zeros(id_count(tokenizer), dtype=np.int64)
     for token, number in vocabulary.items():
         lengths[number] = len(token)  # a byte-level token has one character a byte
     for number, added in tokenizer.get_added_tokens_decoder().items():

@@ -40,7 +40,7 @@ def evaluate_loss(recipe: LossRecipe, run: Run) -> Report:
     run.price(price.rates(row))
     dataset = prepare(recipe.data, home=files.home(), tell=run.tell)
     words = tokenizer.load(folder.path)
-    build.require_vocabulary(folder.spec, words.get_vocab_size(), where=str(folder.path))
+    folder.spec.require_vocabulary(tokenizer.id_count(words), where=str(folder.path))
     tokens = pack.tokenize(dataset, VALIDATION, folder.path, home=files.home(), tell=run.tell)
     stream = Stream(
         tokens,

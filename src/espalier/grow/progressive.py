@@ -98,6 +98,7 @@ class GrowthRecipe(Recipe):
             sizes = {**shared, **stage.sizes()}
             spec = self.parametrization.carried_by(ModelSpec.stated(sizes, where=f"stage {number}"))
             growths = _growths(path[-1].spec, spec, stage, number) if path else ()
+            spec.require_vocabulary(vocab_size, where=f"stage {number}: vocab_size")
             path.append(GrownStage(growths[-1].after if growths else spec, growths))
         return path
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
-from espalier.errors import ModelError
 from espalier.folder import ModelFolder
 from espalier.model.mup import Parametrization
 from espalier.spec import ModelSpec
@@ -55,14 +54,3 @@ def save(model: PreTrainedModel, path: Path, tokenizer: Path | None) -> None:
     for name in TOKENIZER_FILES if tokenizer else ():
         if (tokenizer / name).exists():  # type: ignore[operator]
             shutil.copy(tokenizer / name, path / name)  # type: ignore[operator]
-
-
-def require_vocabulary(spec: ModelSpec, tokenizer_size: int, *, where: str) -> None:
-    """Refuse a tokenizer that makes ids for which the model has no row."""
-    if tokenizer_size > spec.vocab_size:
-        raise ModelError(
-            where,
-            found=f"a tokenizer of {tokenizer_size} ids and an embedding of {spec.vocab_size} rows",
-            expected="a row for every id",
-            mend=f"Set model.vocab_size={tokenizer_size}, or use the tokenizer that the model was trained with.",
-        )
