@@ -55,8 +55,8 @@ def final_loss(kind: str, width: int, rate: float, seed: int, stream: Stream, he
     model = build.build(spec, parametrization, seed=seed)
     recipe = OptimizerRecipe(name="adamw", learning_rate=rate, vector_learning_rate=rate)
     state = State(spec, model, Optimizer(model, spec, recipe, parametrization), Progress())
-    schedule = ScheduleRecipe(warmup_ratio=0.1)
-    segment = Segment(STEPS, ROWS, ROWS, 0.0, lambda step: schedule.factor(step, STEPS))
+    schedule = ScheduleRecipe(warmup_ratio=0.1, decay_ratio=0.3)
+    segment = Segment(STEPS, ROWS, ROWS, 0.0, lambda step: schedule.factor((step + 0.5) / STEPS))
     for _ in range(STEPS):
         update(state, stream, segment, NextToken(), DEVICE)
     return validate(model, held_out, lengths, NextToken(), DEVICE, rows=512, micro_rows=64).loss

@@ -11,11 +11,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from espalier.errors import ResourceError
+from espalier.errors import ResourceError, UserError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -143,18 +144,29 @@ def disk_errors(path: Path, need_bytes: int = 0) -> Iterator[None]:
     """Turn the system's disk errors inside the block into a `ResourceError` about `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except UserError:
+        raise
+    except Exception as error:
+        number = _system_error(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             there = next(parent for parent in path.absolute().parents if parent.exists())
             raise _disk_full(path, need_bytes, shutil.disk_usage(there).free) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise ResourceError(
                 str(path),
-                found=f"the system said: {error.strerror}",
+                found=f"the system said: {os.strerror(number)}",
                 expected="a folder that can be written",
                 mend="Choose another place with runs=FOLDER or ESPALIER_HOME, or mend the disk.",
             ) from error
         raise
+
+
+def _system_error(error: Exception) -> int | None:
+    """The errno of an OSError, or of what a library written in Rust says of one: "File too large (os error 27)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"\(os error ([0-9]+)\)", str(error))
+    return int(said[1]) if said else None
 
 
 def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 from pydantic import Field
@@ -35,7 +35,7 @@ MOST_EVAL_TOKENS = 2**20
 class SampleRecipe(recipe.Recipe):
     """Prompts that the finished model continues, to show what it writes."""
 
-    prompts: tuple[str, ...] = ("def ", "import ")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ("def ", "import ")
     max_new_tokens: int = Field(default=64, gt=0)
 
 

@@ -89,6 +89,8 @@ class Run:
 
         `since` (seconds of the epoch) is when the time that the run is charged for began; now, if not stated.
         """
+        with files.disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         # A process that was killed before it wrote the recipe may have left its lock.
         there = [path for path in folder.glob("*") if not path.name.startswith((LOCK, files.PARTIAL))]
         if there and not (folder / RECIPE).exists():
@@ -98,8 +100,6 @@ class Run:
                 expected="a new folder, or one that a run was started in",
                 mend="Choose another name=... or runs=FOLDER.",
             )
-        with files.disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, resolved, cap=cap, tell=tell, since=since)
         run._hold()
         try:
@@ -261,15 +261,27 @@ class Run:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """A JSON file's value, or `default` when there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    """The value of a run's JSON file, or `default` when there is no such file; `RunError` when it can't be read."""
+    return _parsed(path.read_bytes(), str(path)) if path.exists() else default
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; a last one that a crash cut short is left out."""
+    """The whole lines of a run's JSONL file; a last one that a crash cut short is left out."""
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            yield json.loads(line)
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            yield _parsed(line, f"{path}:{number}")
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RunError(
+            where,
+            found=f"what can't be read ({error})",
+            expected="JSON as it was written",
+            mend="Restore the file, or choose another name=... and run the recipe again.",
+        ) from None
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""The schedule is a function of the step alone, within [0, 1], whatever its shape."""
+"""The schedule is a function of the share that is done alone, within [0, 1], whatever its shape."""
 
 import pytest
 from hypothesis import given
@@ -17,62 +17,53 @@ schedules = st.builds(
     min_ratio=ratio,
     rewarm_ratio=part,
 )
-totals = st.integers(1, 400)
 settled = {"warmup_ratio": 0.1, "decay_ratio": 0.25, "min_ratio": 0.2, "rewarm_ratio": 0.05}
 
 
-@given(schedules, totals, st.data())
-def test_a_factor_is_between_nothing_and_the_peak(schedule, total, data):
-    step = data.draw(st.integers(0, total))
-    grown_at = data.draw(st.none() | st.integers(0, step))
-    assert 0 <= schedule.factor(step, total, grown_at) <= 1
+@given(schedules, ratio, st.none() | ratio)
+def test_a_factor_is_between_nothing_and_the_peak_and_always_the_same(schedule, done, since_growth):
+    factor = schedule.factor(done, since_growth)
+    assert 0 <= factor <= 1
+    assert ScheduleRecipe.model_validate(schedule.model_dump()).factor(done, since_growth) == factor
 
 
-@given(schedules, totals, st.data())
-def test_a_factor_does_not_depend_on_what_was_asked_before(schedule, total, data):
-    steps = data.draw(st.permutations(range(min(total, 20))))
-    in_order = [schedule.factor(step, total, 3) for step in sorted(steps)]
-    shuffled = {step: schedule.factor(step, total, 3) for step in steps}
-    assert [shuffled[step] for step in sorted(steps)] == in_order
+@given(schedules, st.lists(ratio, min_size=2, max_size=30).map(sorted))
+def test_the_rate_rises_while_it_warms_up_and_never_again(schedule, shares):
+    warm = [schedule.factor(done) for done in shares if done >= schedule.warmup_ratio]
+    assert warm == pytest.approx(sorted(warm, reverse=True), abs=1e-12)
+    if schedule.lr_scheduler_type != "wsd" or schedule.warmup_ratio + schedule.decay_ratio <= 1:
+        cold = [schedule.factor(done) for done in shares if done < schedule.warmup_ratio]
+        assert cold == pytest.approx(sorted(cold), abs=1e-12)
 
 
-@given(schedules, totals)
-def test_warm_up_and_decay_never_turn(schedule, total):
-    factors = [schedule.factor(step, total) for step in range(total + 1)]
-    peak = factors.index(max(factors))
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    if schedule.lr_scheduler_type == "wsd" and schedule.warmup_ratio + schedule.decay_ratio <= 1:
-        assert factors[peak:] == pytest.approx(sorted(factors[peak:], reverse=True), abs=1e-12)
-
-
-@given(schedules.filter(lambda s: s.decay_ratio > 0.01), totals)
-def test_the_end_of_the_decay_is_the_smallest_ratio(schedule, total):
-    warm = min(1.0, (total + 1) / (schedule.warmup_ratio * total + 1))
-    assert schedule.factor(total, total) == pytest.approx(schedule.min_ratio * warm, abs=1e-9)
+@given(schedules.filter(lambda schedule: schedule.decay_ratio > 1e-6))
+def test_the_decay_ends_at_the_smallest_ratio(schedule):
+    assert schedule.factor(1.0) == pytest.approx(schedule.min_ratio, abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_warm_up_rises_in_equal_steps_to_the_peak(shape):
+def test_warm_up_is_a_line_from_nothing_to_the_peak(shape):
     schedule = ScheduleRecipe(lr_scheduler_type=shape, **settled)
-    rising = [schedule.factor(step, 200) for step in range(20)]
-    assert rising == pytest.approx([(step + 1) / 21 for step in range(20)])
-    assert schedule.factor(20, 200) == pytest.approx(1.0)
+    shares = [0.0, 0.025, 0.05, 0.075, 0.1]
+    assert [schedule.factor(done) for done in shares] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
 
 
 def test_the_shapes_are_those_of_their_names():
     wsd, cosine, linear = (ScheduleRecipe(lr_scheduler_type=shape, **settled) for shape in SHAPES)
-    assert {wsd.factor(step, 200) for step in range(20, 151)} == {1.0}
-    assert wsd.factor(175, 200) == pytest.approx(0.6)
-    assert linear.factor(110, 200) == pytest.approx(0.6) == cosine.factor(110, 200)
-    assert linear.factor(65, 200) == pytest.approx(0.8)
-    assert cosine.factor(65, 200) == pytest.approx(0.2 + 0.8 * (1 + 2**-0.5) / 2)
+    assert [wsd.factor(done) for done in (0.1, 0.4, 0.75)] == [1.0, 1.0, 1.0]
+    assert wsd.factor(0.875) == pytest.approx(0.6)
+    assert linear.factor(0.55) == pytest.approx(0.6) == cosine.factor(0.55)
+    assert linear.factor(0.325) == pytest.approx(0.8)
+    assert cosine.factor(0.325) == pytest.approx(0.2 + 0.8 * (1 + 2**-0.5) / 2)
 
 
-@given(schedules, st.integers(50, 400), st.data())
-def test_after_a_growth_the_rate_comes_back_from_almost_nothing(schedule, total, data):
-    grown_at = data.draw(st.integers(1, total - 1))
-    length = schedule.rewarm_ratio * total
-    for step in range(grown_at, total):
-        plain = schedule.factor(step, total)
-        expected = plain * min(1.0, (step - grown_at + 1) / (length + 1))
-        assert schedule.factor(step, total, grown_at) == pytest.approx(expected)
+@given(schedules, ratio, ratio)
+def test_after_a_growth_the_rate_comes_back_along_a_line(schedule, done, since_growth):
+    length = schedule.rewarm_ratio
+    back = min(1.0, since_growth / length) if length else 1.0
+    assert schedule.factor(done, since_growth) == pytest.approx(schedule.factor(done) * back)
+
+
+def test_without_warm_up_decay_and_growth_the_rate_is_the_peak():
+    flat = ScheduleRecipe(warmup_ratio=0.0, decay_ratio=0.0, rewarm_ratio=0.0)
+    assert {flat.factor(done, since) for done in (0.0, 0.5, 1.0) for since in (None, 0.0)} == {1.0}

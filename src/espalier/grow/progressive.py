@@ -198,9 +198,16 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
 
 
 def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
-    grown_at = plan.stages[number].first_step if number else None
-    rate = recipe.stages[number].rate
-    return lambda step: rate * recipe.schedule.factor(step, plan.steps, grown_at)
+    """The rate's factor at a step of stage `number`, taken at the middle of the step."""
+    stage, total = plan.stages[number], plan.total.flops
+    per_step = stage.cost.flops / stage.steps / total
+    before = sum(earlier.cost.flops for earlier in plan.stages[:number]) / total
+
+    def factor(step: int) -> float:
+        since = (step - stage.first_step + 0.5) * per_step
+        return recipe.stages[number].rate * recipe.schedule.factor(before + since, since if number else None)
+
+    return factor
 
 
 def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:

@@ -29,32 +29,33 @@ class OptimizerRecipe(Recipe):
 
 
 class ScheduleRecipe(Recipe):
-    """Shape of the learning rate over a run; shares are of the run's steps.
+    """Shape of the learning rate over a run. All ratios are shares of the run's FLOPs: in a growth run a late step
+    costs many times an early one, and what is planned is the budget.
 
     wsd     warm-up, stable, then linear decay over the last `decay_ratio`
     cosine  warm-up, then half a cosine
     linear  warm-up, then a line
-    Each ends at `min_ratio`. After a growth the rate comes back over `rewarm_ratio` of the run.
+    Each ends at `min_ratio`. After a growth the rate comes back over `rewarm_ratio`.
     """
 
     lr_scheduler_type: Literal["wsd", "cosine", "linear"] = "wsd"
-    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    decay_ratio: float = Field(default=0.3, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.02, ge=0, lt=1)
+    decay_ratio: float = Field(default=0.4, ge=0, le=1)
     min_ratio: float = Field(default=0.0, ge=0, le=1)
-    rewarm_ratio: float = Field(default=0.01, ge=0, lt=1)
+    rewarm_ratio: float = Field(default=0.005, ge=0, lt=1)
 
-    def factor(self, step: int, total: int, grown_at: int | None = None) -> float:
-        """The factor for the update of step `step` (from 0) of `total`; `grown_at`: the stage's first step."""
-        factor = self._shape(step, total) * _ramp(step, self.warmup_ratio * total)
-        return factor if grown_at is None else factor * _ramp(step - grown_at, self.rewarm_ratio * total)
+    def factor(self, done: float, since_growth: float | None = None) -> float:
+        """The factor on the peak rate when a share `done` (0 to 1) of the FLOPs is spent.
 
-    def _shape(self, step: int, total: int) -> float:
-        if self.lr_scheduler_type == "wsd":
-            begin, span = (1 - self.decay_ratio) * total, self.decay_ratio * total
-        else:
-            begin, span = self.warmup_ratio * total, (1 - self.warmup_ratio) * total
-        done = min(max((step - begin) / span, 0.0), 1.0) if span else 0.0
-        left = (1 + math.cos(math.pi * done)) / 2 if self.lr_scheduler_type == "cosine" else 1 - done
+        since_growth: the share spent since the last growth; None before the first.
+        """
+        factor = self._shape(done) * _ramp(done, self.warmup_ratio)
+        return factor if since_growth is None else factor * _ramp(since_growth, self.rewarm_ratio)
+
+    def _shape(self, done: float) -> float:
+        begin = 1 - self.decay_ratio if self.lr_scheduler_type == "wsd" else self.warmup_ratio
+        gone = min(max((done - begin) / (1 - begin), 0.0), 1.0) if begin < 1 else 0.0
+        left = (1 + math.cos(math.pi * gone)) / 2 if self.lr_scheduler_type == "cosine" else 1 - gone
         return self.min_ratio + (1 - self.min_ratio) * left
 
 
@@ -82,5 +83,5 @@ class TrainRecipe(Recipe):
     threads: int | None = Field(default=None, gt=0, description="CPU threads; the cores that are free, if not stated")
 
 
-def _ramp(steps: int, length: float) -> float:
-    return min(1.0, (steps + 1) / (length + 1))
+def _ramp(done: float, length: float) -> float:
+    return min(1.0, done / length) if length else 1.0
