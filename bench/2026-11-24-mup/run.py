@@ -2,8 +2,9 @@
 
     python bench/2026-11-24-mup/run.py
 
-Granite, 2 layers, widths 64 and 256 (head size 32), AdamW, the stdlib corpus, 80 updates of 2,048 tokens; rates on a
-grid of factor 2. The answer is the number of grid steps between the two widths' best rates, by the mean over seeds.
+Granite, 2 layers, widths 64 and 256 (head size 32), AdamW, the stdlib corpus, 80 updates of 2,048 tokens; rates are
+powers of two, a grid of factor sqrt(2) where the best ones are. The answer is the number of grid steps between the two
+widths' best rates, by the mean over seeds. Cells that result.json has are kept: delete it to measure all anew.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ from espalier.train.validate import validate
 HERE = Path(__file__).parent
 WIDTHS, SEEDS, STEPS = (64, 256), (1, 2, 3), 80
 VOCABULARY, LENGTH, ROWS = 512, 64, 32
-RATES = {"mup": [2.0**-k for k in range(9, 3, -1)], "standard": [2.0**-k for k in range(11, 3, -1)]}
+# Exponents of 2.
+RATES = {
+    "mup": (-9, -8, -7, -6.5, -6, -5.5, -5, -4),
+    "standard": (-11, -10.5, -10, -9.5, -9, -8.5, -8, -7.5, -7, -6, -5, -4),
+}
+GRID_STEP = 0.5
 DEVICE = Device(threads=1, compute="float32")
 
 
@@ -65,31 +71,32 @@ def final_loss(kind: str, width: int, rate: float, seed: int, stream: Stream, he
 def main() -> None:
     DEVICE.set_threads()
     train, held_out, lengths = streams()
-    losses = {
-        kind: {
-            width: {
-                rate: [final_loss(kind, width, rate, seed, train[seed], held_out, lengths) for seed in SEEDS]
-                for rate in rates
-            }
-            for width in WIDTHS
-        }
-        for kind, rates in RATES.items()
-    }
-    best = {
-        kind: {width: min(table, key=lambda rate: statistics.mean(table[rate])) for width, table in by_width.items()}
+    path = HERE / "result.json"
+    losses = json.loads(path.read_text())["losses"] if path.exists() else {}
+    for kind, exponents in RATES.items():
+        for width in WIDTHS:
+            table = losses.setdefault(kind, {}).setdefault(str(width), {})
+            for exponent in exponents:
+                if f"{exponent:g}" not in table:
+                    table[f"{exponent:g}"] = [
+                        final_loss(kind, width, 2.0**exponent, seed, train[seed], held_out, lengths) for seed in SEEDS
+                    ]
+    means = {
+        kind: {width: {e: statistics.mean(v) for e, v in table.items()} for width, table in by_width.items()}
         for kind, by_width in losses.items()
     }
-    steps = {kind: RATES[kind].index(found[256]) - RATES[kind].index(found[64]) for kind, found in best.items()}
-    result = {"date": time.strftime("%Y-%m-%d"), "losses": losses, "best": best, "grid_steps": steps}
-    (HERE / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    for kind, by_width in losses.items():
+    best = {
+        kind: {width: float(min(table, key=table.__getitem__)) for width, table in by_width.items()}
+        for kind, by_width in means.items()
+    }
+    steps = {kind: (found["256"] - found["64"]) / GRID_STEP for kind, found in best.items()}
+    result = {"date": time.strftime("%Y-%m-%d"), "losses": losses, "best_exponent": best, "grid_steps": steps}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    for kind, by_width in means.items():
         for width, table in by_width.items():
-            print(
-                kind,
-                width,
-                " ".join(f"2^{len(bin(round(1 / r))) - 3}:{statistics.mean(v):.3f}" for r, v in table.items()),
-            )
-        print(kind, "best", best[kind], "grid steps between the widths:", steps[kind])
+            row = " ".join(f"2^{e}:{table[e]:.3f}" for e in sorted(table, key=float))
+            print(f"{kind:9} {width:>4} {row}")
+        print(f"{kind:9} best exponents {best[kind]}, grid steps between the widths: {steps[kind]:g}")
 
 
 if __name__ == "__main__":

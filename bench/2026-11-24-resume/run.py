@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import espalier  # noqa: E402, F401  (before torch)
+import espalier  # isort: skip  # noqa: E402, F401  (before torch)
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
@@ -43,6 +43,7 @@ RECIPE = {
     "train": {
         "batch_tokens": 1024,
         "save_steps": 5,
+        "logging_steps": 1,
         "evaluations": 6,
         "eval_tokens": 4096,
         "torch_compile": "off",
@@ -53,24 +54,29 @@ RECIPE = {
 }
 
 
-def attempt(runs: Path, log: Path, kill_after: float | None) -> bool:
-    """One child; True when it ended by itself. The time counts from when it begins to work."""
+def attempt(runs: Path, log: Path, kill_after: float | None, *, from_first_step: bool = False) -> bool:
+    """One child; True when it ended by itself, False when it was killed `kill_after` seconds after it began to work,
+    or after its first new step."""
+    metrics = runs / "run" / "metrics.jsonl"
     child = os.fork()
     if child == 0:
         with log.open("a") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
-            code = pipeline.main(
-                runs / "run.yaml", [], runs=runs, dry_run=False, tell=lambda line: print(line, flush=True)
-            )
+            tell = lambda line: print(line, flush=True)  # noqa: E731
+            code = pipeline.main(runs / "run.yaml", [], runs=runs, dry_run=False, tell=tell)
         os._exit(code)
-    if kill_after is not None:
-        end = time.monotonic() + kill_after
-        while time.monotonic() < end:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                return True
-            time.sleep(0.002)
-        os.kill(child, signal.SIGKILL)
+    begin, size = time.monotonic(), metrics.stat().st_size if metrics.exists() else 0
+    while kill_after is not None:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return True
+        now = metrics.stat().st_size if metrics.exists() else 0
+        if from_first_step and now <= size:
+            begin, size = time.monotonic(), min(size, now)  # resuming cuts the file back first
+        elif time.monotonic() - begin >= kill_after:
+            os.kill(child, signal.SIGKILL)
+            break
+        time.sleep(0.002)
     _, status = os.waitpid(child, 0)
     return not os.WIFSIGNALED(status)
 
@@ -107,13 +113,15 @@ def main(kills: int, seed: int) -> None:
     chance, done, moments, steps, lost = random.Random(seed), 0, [], [], 0
     run, log = root / "killed" / "run", root / "killed.log"
     while done < kills:
-        moment = chance.uniform(0.0, calm_seconds * 0.5)
-        if attempt(root / "killed", log, moment):
+        # Three in four while it trains, saves or grows; one in four while it starts.
+        training = chance.random() < 0.75
+        moment = chance.uniform(0.0, calm_seconds * (0.15 if training else 0.1))
+        if attempt(root / "killed", log, moment, from_first_step=training):
             shutil.rmtree(run)  # it came through before the kill: start over, so that every kill hits a live run
             log.unlink()
             continue
         done += 1
-        moments.append(round(moment, 3))
+        moments.append([round(moment, 3), "training" if training else "start"])
         steps.append(newest_step(run))
         with log.open("a") as out:
             out.write(f"KILLED with checkpoint {steps[-1]}\n")

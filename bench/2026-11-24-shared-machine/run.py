@@ -30,7 +30,7 @@ ARMS = {  # name: (core 0 busy, threads, OMP_WAIT_POLICY)
 
 def work(threads: str) -> None:
     """Print tokens a second of the product's loop over SECONDS."""
-    import espalier  # noqa: F401  (before torch)
+    import espalier  # isort: skip  # noqa: F401  (before torch)
     import numpy as np
 
     from espalier.budget import hardware

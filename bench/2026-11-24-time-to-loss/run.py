@@ -50,7 +50,7 @@ def streams(seed: int):
 
 def trainer(rate: float, seed: int, out: Path) -> None:
     """Trainer for SECONDS of wall-clock; its steps are set from its own speed over the first 20."""
-    import espalier  # noqa: F401  (before torch)
+    import espalier  # isort: skip  # noqa: F401  (before torch)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 

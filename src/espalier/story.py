@@ -19,7 +19,7 @@ from espalier.report import Report
 from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, read_json, read_lines
 from espalier.spec import ModelSpec
 
-PLANNED = ("tokens", "flops", "seconds", "usd", "kwh")
+NAMES = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time", "usd": "Money", "kwh": "Energy"}
 
 
 class Story:
@@ -56,13 +56,12 @@ class Story:
 
     def plan_rows(self) -> list[page.PlanRow]:
         trained, total = self.trained, self.ledger.total
-        names = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time", "usd": "Money", "kwh": "Energy"}
         rows = [
-            page.PlanRow(f"{names[r]}, training", r, getattr(self.plan.total, r), getattr(trained, r), self.basis(r))
-            for r in PLANNED
+            page.PlanRow(f"{NAMES[r]}, training", r, getattr(self.plan.total, r), getattr(trained, r), self.basis(r))
+            for r in NAMES
         ]
         rows += [
-            page.PlanRow(f"{names[r]}, everything", r, None, getattr(total, r), self.basis(r))
+            page.PlanRow(f"{NAMES[r]}, everything", r, None, getattr(total, r), self.basis(r))
             for r in ("flops", "seconds", "usd", "kwh")
         ]
         return rows
@@ -192,13 +191,12 @@ def tell(folder: Path) -> None:
     """Plan against fact and grown against from scratch, in one table; then the stages and the samples."""
     story = Story(folder)
     console = Console()
-    table = Table("", "planned", "fact", "fact / plan", "from scratch", "fact / scratch", box=None, pad_edge=False)
+    table = Table("training", "planned", "fact", "ratio", "from scratch*", "ratio", box=None, pad_edge=False)
     fact = story.trained
-    for name in PLANNED:
+    for name in NAMES:
         planned, actual, scratch = (getattr(c, name) for c in (story.plan.total, fact, story.plan.from_scratch))
-        mark = "" if story.basis(name) == "measured" else " (estimated)"
         table.add_row(
-            f"training {name}{mark}",
+            NAMES[name] + ("" if story.basis(name) == "measured" else "*"),
             units.amount(planned, name),
             units.amount(actual, name),
             f"{actual / planned:.2f}" if planned else "",
@@ -207,6 +205,7 @@ def tell(folder: Path) -> None:
         )
     console.print(table)
     total = story.ledger.total
+    console.print("* estimated; from scratch: the same tokens at the final size throughout", style="dim")
     console.print(f"the whole run: {units.duration(total.seconds)}, {units.money(total.usd)}")
     for row in story.stages():
         loss = f", held-out loss {row.loss:.3f}" if row.loss is not None else ""

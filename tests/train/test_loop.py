@@ -165,7 +165,7 @@ def test_a_cap_is_never_passed_by_more_than_one_step_took_unforeseen(caps, rates
         return Step(1.0, 1.0, 1.0, tokens=1, flops=1.0, seconds=took)
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(run_module, "time", SimpleNamespace(time=lambda: clock.now))
+        patch.setattr(run_module, "time", SimpleNamespace(time=lambda: clock.now, monotonic=lambda: clock.now))
         patch.setattr(loop, "update", fake_update)
         run = Run(Path(folder), Recipe(), cap=Cap(**caps), tell=print)
         run.price(rates)
