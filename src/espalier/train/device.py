@@ -6,6 +6,7 @@ Applied to a model from outside, in this order: device, attention, compile.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from espalier import files
 from espalier.data.stream import Batch
 from espalier.train import attention  # noqa: F401 (registers causal_halves)
 
 Attention = Literal["sdpa", "eager", "causal_halves"]
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Compiled kernels are kept for the next run; torch's own place for them doesn't outlive a restart.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.home() / "inductor"))
 # How many graphs one layer class may have: a few for every width that a run grows through.
 GRAPHS = 64
 
