@@ -55,6 +55,7 @@ def refused(espalier, recipe_file, tmp_path):
         ("data.held_out=2", "held_out"),
         ("samples.prompts=['']", "samples.prompts"),
         ("model.family=bert", "granite"),
+        ("data.sequence_length=65", "max_position_embeddings 64"),
         ("model.family=llama", "parametrization.kind"),
     ],
 )

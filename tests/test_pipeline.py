@@ -153,9 +153,9 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
     run, moment = tmp_path / "runs" / "tiny", random.Random(7)
     for _ in range(3):
         command = espalier.start("run", recipe_file)
-        step = logged_steps(run) + moment.randrange(12)
+        step = logged_steps(run) + moment.randrange(8)
         command.until(lambda step=step: logged_steps(run) >= step)
-        time.sleep(moment.uniform(0, 0.1))
+        time.sleep(moment.uniform(0, 0.03))
         assert killed(command)
     done = espalier("run", recipe_file)
     assert done.code == 0, done.err
@@ -164,9 +164,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
     assert Ledger(run / LEDGER).spent(kind="train").tokens >= 2560, "work done in vain stays in the ledger"
 
 
-@pytest.mark.parametrize(
-    "sign", [RECIPE, PLAN, f"{files.PARTIAL}checkpoint-*", "checkpoint-7", f"{files.PARTIAL}{FINAL}-*", FINAL]
-)
+@pytest.mark.parametrize("sign", [RECIPE, PLAN, f"{files.PARTIAL}checkpoint-*", "checkpoint-7", f"*{FINAL}*", FINAL])
 def test_killed_while_something_is_written_a_run_ends_with_the_same_bits(
     espalier, recipe_file, finished, tmp_path, sign
 ):

@@ -36,7 +36,7 @@ VOCABULARY, LENGTH, ROWS = 512, 64, 32
 # Exponents of 2.
 RATES = {
     "mup": (-9, -8, -7, -6.5, -6, -5.5, -5, -4),
-    "standard": (-11, -10.5, -10, -9.5, -9, -8.5, -8, -7.5, -7, -6, -5, -4),
+    "standard": (-11, -10, -9.5, -9, -8.5, -8, -7, -6, -5, -4),
 }
 GRID_STEP = 0.5
 DEVICE = Device(threads=1, compute="float32")
@@ -81,6 +81,7 @@ def main() -> None:
                     table[f"{exponent:g}"] = [
                         final_loss(kind, width, 2.0**exponent, seed, train[seed], held_out, lengths) for seed in SEEDS
                     ]
+                    path.write_text(json.dumps({"losses": losses}))
     means = {
         kind: {width: {e: statistics.mean(v) for e, v in table.items()} for width, table in by_width.items()}
         for kind, by_width in losses.items()

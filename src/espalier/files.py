@@ -175,7 +175,7 @@ def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:
         str(path),
         found=f"a full disk ({free / 1e6:,.1f} MB free)",
         expected=need,
-        mend="Free some space, or write fewer checkpoints (train.keep_checkpoints); what was saved before is kept.",
+        mend="Free some space and run it again; what was saved before is kept.",
     )
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+from pydantic import model_validator
 
 from espalier import files, units
 from espalier.budget import flops, hardware, price
@@ -35,6 +37,13 @@ class PlannedRecipe(GrowthRecipe):
 
     budget: BudgetRecipe = BudgetRecipe()
     data: DataRecipe = DataRecipe()
+
+    @model_validator(mode="after")
+    def _rows_fit_the_model(self) -> Self:
+        length, longest = self.data.sequence_length, self.model.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"data.sequence_length {length} is more than model.max_position_embeddings {longest}")
+        return self
 
     @property
     def rows(self) -> int:

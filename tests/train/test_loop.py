@@ -55,14 +55,23 @@ def test_accumulated_gradients_are_those_of_one_large_batch(begin, uneven, devic
         torch.testing.assert_close(accumulated[name], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+def test_the_loss_is_the_mean_over_the_labels(begin, uneven, device):
+    model = begin().model
+    with torch.no_grad():
+        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    logits = model(torch.from_numpy(uneven.input_ids)).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(uneven.labels).flatten())
+    assert backward(model, uneven, 2, next_token, device) == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_an_update_counts_and_takes_the_next_samples(begin, stream, segment, device, monkeypatch):
     asked = []
     original = type(stream).batch
     monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
     state = begin()
-    state.progress = Progress(step=7, samples=28, tokens=100, flops=5.0, stage=1, stage_step=6)
+    state.progress = Progress(step=7, samples=28, tokens=100, flops=5.0, stage=1)
     step = update(state, stream, segment(9, factor=lambda step: step / 10), next_token, device)
-    assert state.progress == Progress(step=8, samples=32, tokens=164, flops=645.0, stage=1, stage_step=6)
+    assert state.progress == Progress(step=8, samples=32, tokens=164, flops=645.0, stage=1)
     assert (step.tokens, step.flops, step.factor) == (64, 640.0, 0.7)
     assert asked == [(28, 4)]
 

@@ -290,7 +290,7 @@ def _grow(
         )
     layout = axes.discover(state.model.config.to_dict())
     moments = apply.grow_moments(state.optimizer.state(), growths, layout)
-    progress = replace(state.progress, stage=number, stage_step=state.progress.step)
+    progress = replace(state.progress, stage=number)
     grown = _state(recipe, setting, spec, model, progress, moments)
     run.charge("grow", stage=number, step=progress.step)
     after_loss = after.now(grown)

@@ -31,17 +31,13 @@ SEPARATOR = "::"  # between a parameter's name and its quantity; neither contain
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps, samples drawn from the stream, tokens, model FLOPs, growth stage.
-
-    `stage_step` is the step at which the stage began.
-    """
+    """How far a run is: optimizer steps, samples drawn from the stream, tokens, model FLOPs, growth stage."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     stage: int = 0
-    stage_step: int = 0
 
 
 def save(
