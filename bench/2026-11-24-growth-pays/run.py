@@ -3,12 +3,12 @@
     python bench/2026-11-24-growth-pays/run.py [WORKERS]
 
 Granite, hidden size 32, on the stdlib corpus (512 ids, rows of 64, 4,096 tokens an update), AdamW.
-  large  12 layers from scratch on C = 2.6 TFLOP of training
+  large  12 layers from scratch on C = 3.4 TFLOP of training
   small   2 layers only, the same C
   grown   2 -> 3 -> 5 -> 8 -> 12 layers by stacking (partial stacks repeat the top layers), on 0.8 C and on 0.6 C
-Rates are tuned with the first seed on a grid for large and small; grown takes the large model's best rate, untuned.
+The rates of large and small are tuned on a grid with the first seed on 2.6 TFLOP; grown takes 0.014, untuned.
 All runs are `espalier run` recipes; FLOPs are those of the ledger, all stages counted. Held-out loss: the same 65,536
-tokens for every run. A middle arm (5 layers only, on C) is there to be honest: nobody knows the best size beforehand.
+tokens for every run.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 RUNS = Path(os.environ.get("BENCH_RUNS", "runs/bench-growth"))
-BUDGET, SEEDS = 2.6e12, (1, 2, 3)
-RATES = {"large": (0.007, 0.01, 0.014), "small": (0.014, 0.02, 0.028)}
+BUDGET, TUNING_BUDGET, SEEDS = 3.4e12, 2.6e12, (1, 2, 3)
+RATES = {"large": (0.007, 0.01, 0.014, 0.02), "small": (0.014, 0.02, 0.028, 0.04)}
+GROWN_RATE = 0.014
 PATH = {2: 0.144, 3: 0.144, 5: 0.192, 8: 0.24, 12: 0.28}
 
 
-def recipe(arm: str, rate: float, seed: int) -> dict:
+def recipe(arm: str, rate: float, seed: int, budget: float) -> dict:
     share = {"grown-0.8": 0.8, "grown-0.6": 0.6}.get(arm, 1.0)
-    layers = {"large": {12: 1.0}, "small": {2: 1.0}, "middle": {5: 1.0}}.get(arm, PATH)
+    layers = {"large": {12: 1.0}, "small": {2: 1.0}}.get(arm, PATH)
     return {
-        "name": f"{arm}-{rate:g}-{seed}",
+        "name": f"{arm}-{rate:g}-{seed}-{budget:.1e}".replace("+", ""),
         "seed": seed,
         "data": {"sources": ["stdlib"], "held_out": 0.05, "vocab_size": 512, "sequence_length": 64},
         "model": {"head_dim": 16, "hidden_size": 32},
         "stages": [
-            {"num_hidden_layers": depth, "duration": f"{part * share * BUDGET:.6e} flops", "depth": "stack"}
+            {"num_hidden_layers": depth, "duration": f"{part * share * budget:.6e} flops", "depth": "stack"}
             for depth, part in layers.items()
         ],
         "parametrization": {"base_width": 32},
@@ -59,12 +60,16 @@ def recipe(arm: str, rate: float, seed: int) -> dict:
 
 
 def work(jobs: list[str]) -> None:
-    """Carry out jobs 'arm:rate:seed' one after another."""
+    """Carry out jobs 'arm:rate:seed:budget' one after another."""
     import arms
 
     for job in jobs:
-        arm, rate, seed = job.split(":")
-        arms.run(recipe(arm, float(rate), int(seed)), RUNS)
+        arms.run(recipe(*parsed(job)), RUNS)
+
+
+def parsed(job: str) -> tuple[str, float, int, float]:
+    arm, rate, seed, budget = job.split(":")
+    return arm, float(rate), int(seed), float(budget)
 
 
 def carry_out(jobs: list[str], workers: int) -> dict[str, dict]:
@@ -72,41 +77,47 @@ def carry_out(jobs: list[str], workers: int) -> dict[str, dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     commands = [[sys.executable, __file__, "--work", *jobs[i::workers]] for i in range(workers) if jobs[i::workers]]
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for command in commands]
-    assert all(process.wait() == 0 for process in started)
+    codes = [process.wait() for process in started]
+    assert not any(codes), f"workers ended with {codes}"
     import arms
 
-    return {job: arms.figures(RUNS / job.replace(":", "-")) for job in jobs}
+    return {job: arms.figures(RUNS / recipe(*parsed(job))["name"]) for job in jobs}
 
 
 def main(workers: int) -> None:
-    done = carry_out([f"{arm}:{rate:g}:1" for arm, rates in RATES.items() for rate in rates], workers)
-    best = {arm: min(rates, key=lambda r: done[f"{arm}:{r:g}:1"]["loss"]) for arm, rates in RATES.items()}
-    rest = [f"{arm}:{best[arm]:g}:{seed}" for arm in best for seed in SEEDS[1:]]
-    rest += [f"{arm}:{best['large']:g}:{seed}" for arm in ("grown-0.8", "grown-0.6") for seed in SEEDS]
-    done |= carry_out([*rest, f"middle:{best['large']:g}:1"], workers)
-    losses = {
-        arm: [done[f"{arm}:{best.get(arm, best['large']):g}:{seed}"]["loss"] for seed in SEEDS]
-        for arm in ("large", "small", "grown-0.8", "grown-0.6")
+    tuning = carry_out([f"{a}:{rate}:1:{TUNING_BUDGET}" for a, rates in RATES.items() for rate in rates], workers)
+    best = {
+        arm: min(rates, key=lambda rate: tuning[f"{arm}:{rate}:1:{TUNING_BUDGET}"]["loss"])
+        for arm, rates in RATES.items()
     }
+    rates = {**best, "grown-0.8": GROWN_RATE, "grown-0.6": GROWN_RATE}
+    jobs = {(arm, seed): f"{arm}:{rate}:{seed}:{BUDGET}" for seed in SEEDS for arm, rate in rates.items()}
+    done = carry_out(list(jobs.values()), workers)
+    losses = {arm: [done[jobs[arm, seed]]["loss"] for seed in SEEDS] for arm in rates}
     target = min(("large", "small"), key=lambda arm: statistics.mean(losses[arm]))
+    shares = {
+        arm: [done[jobs[arm, seed]]["flops"] / done[jobs[target, seed]]["flops"] for seed in SEEDS] for arm in rates
+    }
     crossing = [
-        reached(done[f"grown-0.8:{best['large']:g}:{seed}"]["curve"], losses[target][i]) for i, seed in enumerate(SEEDS)
+        reached(done[jobs["grown-0.8", seed]]["curve"], losses[target][index]) for index, seed in enumerate(SEEDS)
     ]
     result = {
         "budget": BUDGET,
-        "best_rates": best,
+        "tuning": {job: figures["loss"] for job, figures in tuning.items()},
+        "rates": rates,
         "losses": losses,
         "better_arm": target,
-        "flops_of_grown_at_the_better_arms_loss": crossing,
-        "middle": done[f"middle:{best['large']:g}:1"]["loss"],
+        "share_of_its_flops": shares,
+        "flops_of_grown_at_its_loss": crossing,
         "runs": done,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
     }
     (HERE / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     for arm, values in losses.items():
-        print(f"{arm:10} {statistics.mean(values):.4f}  {' '.join(f'{v:.4f}' for v in values)}")
-    print("better arm:", target, "; share of its FLOPs at which grown-0.8 had its final loss:")
-    print(" ".join(f"{flops / BUDGET:.2f}" if flops else "never" for flops in crossing))
+        spent = f"{statistics.mean(shares[arm]):.2f} of the better arm's FLOPs"
+        print(f"{arm:10} {statistics.mean(values):.4f}  {' '.join(f'{v:.4f}' for v in values)}  {spent}")
+    at = " ".join(f"{flops / BUDGET:.2f}" if flops else "never" for flops in crossing)
+    print(f"better arm: {target}; grown-0.8 had its final loss at these shares of C: {at}")
 
 
 def reached(curve: list[list[float]], loss: float) -> float | None:

@@ -203,6 +203,29 @@ def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bits(
     )
 
 
+@pytest.mark.parametrize("step", [5, 7, 9])
+def test_a_run_that_crashed_does_its_work_again_and_tells_it_once(carry_out, make_run, reopened, monkeypatch, step):
+    recipe = recipe_of(SMALL, LARGE | {"depth": "identity"})
+    whole, run = carry_out(recipe), make_run()
+
+    def update(state, *more):
+        if state.progress.step == step:
+            raise ZeroDivisionError
+        return original(state, *more)
+
+    original = loop.update
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop, "update", update)
+        carry_out(recipe, run)
+    again = reopened(run)
+    resumed = carry_out(recipe, again)
+    expected = whole.state.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
+    lines = list(read_lines(again.folder / METRICS))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "growth" in line] == [6]
+
+
 @pytest.fixture
 def broken_growth(monkeypatch):
     """A growth that promises to be exact and isn't."""

@@ -168,5 +168,5 @@ def require_finite(loss: float, grad_norm: float, progress: Progress) -> None:
         f"step {progress.step + 1} (samples from {progress.samples})",
         found=f"loss {loss}, gradient norm {grad_norm}",
         expected="finite numbers",
-        mend="No update was made; what was saved before is intact. Lower optimizer.learning_rate, under another name=...",
+        mend="No update was made; what was saved before is intact. Lower optimizer.learning_rate under another name.",
     )
