@@ -59,6 +59,9 @@ class Clock:
     def time(self) -> float:
         return self.now
 
+    def monotonic(self) -> float:
+        return self.now - 999_000.0
+
 
 @pytest.fixture
 def clock(monkeypatch):

@@ -84,7 +84,7 @@ def test_the_terminal_shows_plan_fact_stages_and_samples(finished, capsys):
     tell(finished)
     shown = capsys.readouterr().out
     results = Report.load(finished / RESULTS)
-    for expected in ("2,560 tokens", "training flops", "the whole run: ", "Stage 2: 2 layers × 48", "sample def "):
+    for expected in ("2,560 tokens", "FLOPs", "the whole run: ", "Stage 2: 2 layers × 48", "sample def "):
         assert expected in shown
     assert f"held-out loss {results.value('held-out', 'loss'):.3f}" in shown
 
@@ -128,7 +128,7 @@ def test_a_run_that_is_under_way_has_a_story_too(copy_of_finished, lines, capsys
     tell(copy_of_finished)
     assert write_page(copy_of_finished) == copy_of_finished / PAGE
     shown = capsys.readouterr().out
-    assert "training tokens" in shown and "sample" not in shown
+    assert "2,560 tokens" in shown and "sample" not in shown
 
 
 def test_the_page_is_one_file_with_everything_in_it(copy_of_finished):

@@ -129,7 +129,7 @@ class ZeroPadRecipe(GrowRecipe):
     parametrization: Parametrization = Field(default=STANDARD, description="of new slots: as the model was initialised")
 
 
-@method(paper="arXiv 2405.15319", needs="a model folder", costs="reading and writing the weights")
+@method(paper="arXiv 2405.15319", needs="a model folder", costs="reading and writing the weights", status="proven")
 def grow_stack(recipe: StackRecipe, run: Run) -> ModelFolder:
     """Repeat the block of layers: all of it learns at once, but the loss jumps at first."""
     parent = ModelFolder.open(recipe.model)
