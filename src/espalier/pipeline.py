@@ -58,8 +58,7 @@ def main(path: Path, overrides: list[str], *, runs: Path, dry_run: bool, tell: C
         if run.state["status"] == "finished":
             tell(f"{run.folder} is finished; nothing to do. Change the name to run it again.")
             return 0
-        with run.signals():
-            return pretrain(resolved, run)
+        return pretrain(resolved, run)
 
 
 def pretrain(resolved: PretrainRecipe, run: Run) -> int:
@@ -79,7 +78,8 @@ def pretrain(resolved: PretrainRecipe, run: Run) -> int:
     story.tell_plan(settled.plan, run.ledger.cap)
     run.charge("plan")
 
-    outcome = _grow(resolved, settled, text, run)
+    with run.signals():  # until here there is nothing to save
+        outcome = _grow(resolved, settled, text, run)
     if outcome.ending == "signal":
         return _interrupted(run)
     _export(resolved, settled, outcome, text.tokenizer, run)

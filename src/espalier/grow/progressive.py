@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from espalier import units
 from espalier.budget.plan import Duration, DurationText, Plan
-from espalier.errors import ModelError
+from espalier.errors import BudgetError, ModelError
 from espalier.grow import operators
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
@@ -153,7 +154,10 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
 
     run, device = setting.run, setting.device
     device.set_threads()
-    state = _resume(recipe, plan, setting) or _begin(recipe, plan, setting)
+    state = _resume(recipe, plan, setting)
+    if state is None:
+        _require_reserve(plan, setting)
+        state = _begin(recipe, plan, setting)
     meter = Meter(run, setting.reserve)
     run.charge("start")
     save = moments.Save(run, meter, lambda s: _save(recipe, plan, setting, s), every=recipe.train.save_steps)
@@ -208,6 +212,20 @@ def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], fl
         return recipe.stages[number].rate * recipe.schedule.factor(before + since, since if number else None)
 
     return factor
+
+
+def _require_reserve(plan: Plan, setting: Setting) -> None:
+    """Refuse to begin when the budget pays for no step and the evaluation and export after it."""
+    first = plan.stages[0]
+    needed = setting.reserve + first.cost * (1 / first.steps)
+    if not setting.run.affords(needed):
+        share = setting.run.ledger.cap.share_spent(setting.run.ledger.total)
+        raise BudgetError(
+            "budget",
+            found=f"{share:.0%} of it spent before training",
+            expected=f"enough for one step, the evaluation and the export ({units.duration(needed.seconds)})",
+            mend="Raise the budget under another name=...; the data is cached and costs nothing the next time.",
+        )
 
 
 def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
