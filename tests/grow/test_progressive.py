@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from espalier.budget import flops
 from espalier.budget.plan import Plan, plan
-from espalier.errors import ModelError
+from espalier.errors import BudgetError, ModelError
 from espalier.grow import apply
 from espalier.grow.progressive import GrowthRecipe, Outcome, Setting, grow_run
 from espalier.ledger import Cap, Cost, Rates
@@ -266,7 +266,13 @@ def test_a_budget_of_flops_is_never_passed_even_by_growth_and_evaluation(make_ru
     evaluation = 16 * rows * made.stages[-1].flops_per_token / 3
     cap = share * (made.total.flops + 6 * evaluation) + 3 * evaluation
     run = make_run(flops=cap)
-    outcome = grow_run(recipe, made, setting_of(run, rows=rows, reserve=Cost(flops=3 * evaluation)))
+    setting = setting_of(run, rows=rows, reserve=Cost(flops=3 * evaluation))
+    if cap < 3 * evaluation + TOKENS * made.stages[0].flops_per_token:
+        with pytest.raises(BudgetError, match="before training"):
+            grow_run(recipe, made, setting)
+        assert run.ledger.total.flops == 0
+        return
+    outcome = grow_run(recipe, made, setting)
     assert run.ledger.total.flops <= cap
     assert outcome.held_out is not None and outcome.ending in ("budget", "done")
     if outcome.ending == "budget":
