@@ -52,6 +52,7 @@ class Hardware:
     watts             W under load
     usd_per_hour      USD an hour
     kgco2e_per_kwh    kg of CO2 equivalent a kWh of the grid
+    busy_cores        cores that others used while it was measured: its figures are too low by as much
     sources           for each figure 'measured' or 'estimated' and a date, how, or 'stated' and by which file
     """
 
@@ -67,6 +68,7 @@ class Hardware:
     usd_per_hour: Amount
     kgco2e_per_kwh: Amount
     sources: dict[str, str]
+    busy_cores: Annotated[int, Field(ge=0)] = 0
 
 
 class Grid(Recipe):
@@ -104,12 +106,16 @@ def catalogue(home: Path) -> dict[str, Hardware]:
 
 
 def here(*, home: Path) -> Hardware:
-    """The machine at hand, measured once and again when its processor, GPUs, cores or torch change."""
+    """The machine at hand, measured once and again when its processor, GPUs, cores or torch change.
+
+    A measurement on a busy machine serves this time and isn't remembered.
+    """
     machine = _machine()
     hardware = _remembered(home, machine)
     if hardware is None:
         hardware = measure(home=home)
-        remember(hardware, home)
+        if not hardware.busy_cores:
+            remember(hardware, home)
     priced = {**asdict(hardware), **_prices(hardware.name, hardware.kind, hardware.count, home)}
     priced["sources"] = hardware.sources | priced["sources"]
     return _stated(priced, _own(home).here, home, "here")
@@ -178,6 +184,7 @@ def measure(*, seconds: float = 3.0, home: Path | None = None) -> Hardware:
         peak_flops={dtype: peak * devices for dtype, peak in peaks.items()},
         memory_bytes=memory * devices,
         memory_bandwidth=bandwidth * devices,
+        busy_cores=count - cores if kind == "cpu" else 0,
         **prices,
     )
 

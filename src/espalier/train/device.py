@@ -72,6 +72,13 @@ class Device:
             None if positions is None else torch.from_numpy(positions).to(self.kind),
         )
 
+    def evaluation(self) -> contextlib.AbstractContextManager:
+        """The context for forward passes without backward ones.
+
+        Compiled layers keep their training graph: one of its own for inference would take seconds to compile.
+        """
+        return contextlib.nullcontext() if self.compile == "layers" else torch.no_grad()
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which forward passes run."""
         dtype = getattr(torch, self.compute)

@@ -37,11 +37,11 @@ def validate(
     """The loss over the first `rows` rows of a stream, always the same ones. byte_lengths: bytes of each token id."""
     rows = min(rows, stream.rows)
     losses, labels, text_bytes = [], [], 0
-    with torch.no_grad(), device.autocast():
+    with device.evaluation(), device.autocast():
         for begin in range(0, rows, micro_rows):
             batch = stream.sequential(begin, min(micro_rows, rows - begin))
             inputs, targets, positions = device.tensors(batch)
-            losses.append(float(objective(model, inputs, targets, positions)))
+            losses.append(float(objective(model, inputs, targets, positions).detach()))
             kept = batch.labels[batch.labels >= 0]
             labels.append(kept.size)
             text_bytes += int(byte_lengths[kept].sum())
