@@ -27,8 +27,6 @@ from espalier.run import FINAL, RESULTS, Run
 if TYPE_CHECKING:
     from espalier.grow.progressive import Outcome
 
-# What is kept back for the samples, the export and the page.
-EXPORT_SECONDS = 10.0
 MOST_EVAL_TOKENS = 2**20
 
 
@@ -129,7 +127,7 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
         objective=objective,
         tokenizer=text.tokenizer,
         device=device,
-        reserve=replace(evaluation * 3 + settled.machine.rates.cost(EXPORT_SECONDS), tokens=0.0),
+        reserve=replace(evaluation * 3 + settled.machine.rates.cost(planner.EXPORT_SECONDS), tokens=0.0),
         peak_flops=settled.machine.hardware.peak_flops[device.compute],
         terminal=sys.stdout.isatty(),
     )

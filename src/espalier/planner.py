@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Share of the matmul peak that a small model's training reaches, for prices before anything was measured.
 USUAL_MFU = 0.3
+# What the samples, the export and the page take; it is kept back, before the recipe's reserve.
+EXPORT_SECONDS = 5.0
 # Compiling is tried when training takes longer than this many seconds without it.
 WORTH_A_TRIAL = 30.0
 
@@ -115,15 +117,16 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
     kept = read_json(run.folder / PLAN, None)
     if kept:
         return Settled(Plan.from_json(kept["plan"]), Device(**kept["device"]), here)
+    spent = run.ledger.total + here.rates.cost(EXPORT_SECONDS)
     device = _choose_compute(recipe, here)
     speeds = _probe(recipe, device, recipe.specs())
-    made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", run.ledger.total)
+    made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
     if _may_compile(recipe, made):
         compiled = replace(device, compile="layers", attention=_attention(recipe, device))
         faster = _probe(recipe, compiled, recipe.specs())
         if recipe.train.torch_compile == "on" or _seconds(made, recipe, faster) < _seconds(made, recipe, speeds):
             device, speeds = compiled, faster
-            made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", run.ledger.total)
+            made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
     return Settled(made, device, here)
 
 

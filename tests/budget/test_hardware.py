@@ -19,7 +19,7 @@ from espalier.budget import hardware
 from espalier.errors import RecipeError
 from espalier.run import Run
 
-FIGURES = {field.name for field in fields(hardware.Hardware)} - {"name", "kind", "count", "sources"}
+FIGURES = {field.name for field in fields(hardware.Hardware)} - {"name", "kind", "count", "sources", "busy_cores"}
 
 
 def own(home, text):
