@@ -110,6 +110,8 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
     )
     lengths = tokenizer.byte_lengths(tokenizer.load(text.tokenizer))
     rows = min(_eval_tokens(resolved, plan) // data.sequence_length, held_out_stream.rows)
+    if rows > resolved.micro_rows:  # whole passes only: another shape would be compiled for
+        rows -= rows % resolved.micro_rows
     objective = NextToken(device.compiled(chunk_loss))
 
     def held_out(state: State) -> HeldOut:
