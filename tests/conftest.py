@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from hypothesis import settings
 
 from espalier.budget.hardware import Hardware, remember
 from espalier.data.pack import Shard, Tokens
@@ -30,6 +31,10 @@ from espalier.run import METRICS, Run, read_lines
 
 # Tensors as small as the tests' gain nothing from threads, which only wait for each other. torch isn't imported yet.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# How long an example takes says more about the machine's other users than about the code.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 WORDS = ("def", "return", "import", "class", "self", "value", "print", "list", "index", "name", "for", "while", "open")
 
