@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROUNDS, SECONDS = 4, 8.0
+ROUNDS, SECONDS = 3, 6.0
 ARMS = {  # name: (core 0 busy, threads, OMP_WAIT_POLICY)
     "1 thread, idle machine": (False, "1", "PASSIVE"),
     "2 threads, idle machine": (False, "2", "PASSIVE"),
