@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from espalier import pipeline
-from espalier.folder import ModelFolder
 from espalier.ledger import Ledger
 from espalier.report import Report
 
@@ -38,5 +37,4 @@ def figures(folder: Path) -> dict[str, Any]:
         "tokens": trained.tokens,
         "train_seconds": trained.seconds,
         "curve": [[m["total_flos"], m["eval_loss"]] for m in metrics if "eval_loss" in m],
-        "model": str(ModelFolder(folder / "final").path),
     }
