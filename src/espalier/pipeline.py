@@ -190,4 +190,4 @@ def _interrupted(run: Run) -> int:
     assert number is not None
     run.finish("stopped", signal.Signals(number).name)
     run.tell(f"Stopped with a checkpoint in {run.folder}, a model folder that can be used. Run it again to go on.")
-    return 128 + number
+    return {signal.SIGINT: errors.EXIT_INTERRUPTED, signal.SIGTERM: errors.EXIT_TERMINATED}[signal.Signals(number)]
