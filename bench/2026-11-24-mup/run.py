@@ -2,9 +2,9 @@
 
     python bench/2026-11-24-mup/run.py
 
-Granite, 2 layers, widths 64 and 256 (head size 32), AdamW, the stdlib corpus, 80 updates of 2,048 tokens; rates are
-powers of two, a grid of factor sqrt(2) where the best ones are. The answer is the number of grid steps between the two
-widths' best rates, by the mean over seeds. Cells that result.json has are kept: delete it to measure all anew.
+Granite, 2 layers, widths 64 and 256 (head size 32), AdamW, the stdlib corpus, 80 updates of 2,048 tokens; rates on a
+grid of factor sqrt(2). The answer is the number of grid steps between the two widths' best rates, by the mean over
+seeds. Cells that result.json has are kept: delete it to measure all anew.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ WIDTHS, SEEDS, STEPS = (64, 256), (1, 2, 3), 80
 VOCABULARY, LENGTH, ROWS = 512, 64, 32
 # Exponents of 2.
 RATES = {
-    "mup": (-9, -8, -7, -6.5, -6, -5.5, -5, -4),
-    "standard": (-11, -10, -9.5, -9, -8.5, -8, -7, -6, -5, -4),
+    "mup": (-7, -6.5, -6, -5.5, -5),
+    "standard": (-10, -9.5, -9, -8.5, -8, -7.5, -7),
 }
 GRID_STEP = 0.5
 DEVICE = Device(threads=1, compute="float32")

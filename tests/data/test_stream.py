@@ -119,11 +119,22 @@ def test_with_attend_document_positions_restart_and_no_first_token_is_predicted(
             position = 0 if token == EOS else position + 1
 
 
-def test_rows_for_evaluation_come_as_they_lie(counted):
+def test_rows_are_taken_as_they_lie(counted):
     made = stream(counted, 100)
-    assert np.array_equal(made.sequential(0, 9).input_ids.flatten(), np.arange(900))
-    assert np.array_equal(made.sequential(7, 5).input_ids, made.sequential(0, 9).input_ids[7:])
-    assert made.sequential(9, 5).input_ids.shape == (0, 100)
+    assert np.array_equal(made.take(np.arange(9)).input_ids.flatten(), np.arange(900))
+    assert np.array_equal(made.take(np.array([7, 2])).input_ids, made.take(np.arange(9)).input_ids[[7, 2]])
+    assert made.take(np.arange(0)).input_ids.shape == (0, 100)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 9, 100])
+def test_rows_for_evaluation_are_spread_over_the_split(counted, count):
+    made = stream(counted, 100)
+    rows = made.spread(count)
+    assert len(rows) == min(count, made.rows)
+    assert rows[0] == 0
+    gaps = np.diff([*rows, made.rows])
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
 
 
 def test_too_few_tokens_for_a_row_are_refused(tmp_path):

@@ -29,8 +29,8 @@ def held_out(stream, device):
     return held_out
 
 
-def test_the_loss_is_that_of_the_first_rows_as_they_lie(model, held_out, stream):
-    batch = stream.sequential(0, 10)
+def test_the_loss_is_that_of_rows_spread_over_the_split(model, held_out, stream):
+    batch = stream.take(stream.spread(10))
     with torch.no_grad():
         logits = model(torch.from_numpy(batch.input_ids)).logits
     labels = torch.from_numpy(batch.labels)
@@ -58,7 +58,7 @@ def test_the_error_is_that_of_the_mean_over_rows(model, held_out, stream):
     with torch.no_grad():
         by_row = []
         for row in range(stream.rows):
-            batch = stream.sequential(row, 1)
+            batch = stream.take(np.array([row]))
             logits = model(torch.from_numpy(batch.input_ids)).logits[0]
             by_row.append(F.cross_entropy(logits, torch.from_numpy(batch.labels)[0]).item())
     expected = np.std(by_row, ddof=1) / math.sqrt(stream.rows)

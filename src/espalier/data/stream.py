@@ -78,11 +78,27 @@ class Stream:
                 expected="the same number of rows on every rank",
                 mend=f"Make the batch a multiple of {ranks} rows.",
             )
-        return self._batch(self.order(start, count)[rank::ranks])
+        return self.take(self.order(start, count)[rank::ranks])
 
-    def sequential(self, start: int, count: int) -> Batch:
-        """Rows [start, start + count) as they lie in the split, as far as there are rows: for evaluation."""
-        return self._batch(np.arange(start, min(start + count, self.rows)))
+    def spread(self, count: int) -> np.ndarray:
+        """`count` rows at even distances over the split, all of them where there are no more: for evaluation.
+
+        Neighbouring rows come from one document, so the first `count` would stand for a file or two.
+        """
+        count = min(count, self.rows)
+        return np.arange(count) * self.rows // max(count, 1)
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """The rows of these numbers, as they lie in the split."""
+        length = self.sequence_length
+        windows = [self.tokens.read(int(row) * length, length + 1) for row in rows]
+        tokens = np.array(windows, dtype=np.int64).reshape(len(rows), length + 1)
+        input_ids, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        if self.attend == "row":
+            return Batch(input_ids, labels, None)
+        ends = input_ids == self.eos_id
+        labels[ends] = IGNORED
+        return Batch(input_ids, labels, _positions(ends))
 
     def order(self, start: int, count: int) -> np.ndarray:
         """The rows of samples [start, start + count), int64 [count]."""
@@ -96,17 +112,6 @@ class Stream:
     def order_fingerprint(self, count: int) -> str:
         """Digest of the rows of the first `count` samples: two streams that agree on it see the same data."""
         return hashlib.sha256(self.order(0, count).astype("<i8").tobytes()).hexdigest()
-
-    def _batch(self, rows: np.ndarray) -> Batch:
-        length = self.sequence_length
-        windows = [self.tokens.read(int(row) * length, length + 1) for row in rows]
-        tokens = np.array(windows, dtype=np.int64).reshape(len(rows), length + 1)
-        input_ids, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        if self.attend == "row":
-            return Batch(input_ids, labels, None)
-        ends = input_ids == self.eos_id
-        labels[ends] = IGNORED
-        return Batch(input_ids, labels, _positions(ends))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._current:

@@ -297,7 +297,7 @@ def _grow(
     setting.device.release(state.model)
     std_of = recipe.parametrization.std_of(spec)
     model = apply.grow_model(state.model, growths, seed=recipe.seed + number, std_of=std_of)
-    batch = setting.train_stream.sequential(0, 1)
+    batch = setting.train_stream.take(setting.train_stream.order(0, 1))
     kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
     if all(growth.exact for growth in growths) and kept.relative_difference > EXACT:
         raise ModelError(

@@ -33,12 +33,12 @@ def validate(
     rows: int,
     micro_rows: int,
 ) -> HeldOut:
-    """The loss over the first `rows` rows of a stream, always the same ones. byte_lengths: bytes of each token id."""
-    rows = min(rows, stream.rows)
+    """The loss over `rows` rows spread over a stream, always the same ones. byte_lengths: bytes of each token id."""
+    chosen = stream.spread(rows)
     losses, labels, text_bytes = [], [], 0
     with device.evaluation(), device.autocast():
-        for begin in range(0, rows, micro_rows):
-            batch = stream.sequential(begin, min(micro_rows, rows - begin))
+        for begin in range(0, len(chosen), micro_rows):
+            batch = stream.take(chosen[begin : begin + micro_rows])
             inputs, targets, positions = device.tensors(batch)
             losses.append(float(objective(model, inputs, targets, positions).detach()))
             kept = batch.labels[batch.labels >= 0]
