@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, wherever the disk or the process fails; damage is always found."""
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -213,6 +214,144 @@ def test_remove_partials_names_what_it_removed_and_touches_nothing_else(folder):
     assert files.remove_partials(folder) == [f"{files.PARTIAL}file-1", f"{files.PARTIAL}folder-2"]
     assert files.remove_partials(folder) == []
     assert {path.name for path in folder.iterdir()} == {"file", "folder"}
+
+
+def resume_folder(folder: Path, key: str = "key") -> list[str]:
+    """Write NEW, taking up what is there of it; the names of the files that were written."""
+    written = []
+    with files.resumable_folder(folder / "folder", key) as journal:
+        for name in [name for name in NEW if name not in journal.finished]:
+            fill(journal.folder, {name: NEW[name]})
+            written.append(name)
+            if name != "sub/c":
+                journal.add(name, hashlib.sha256(NEW[name]).hexdigest())
+    return written
+
+
+def in_journal(folder: Path) -> set[str]:
+    """The files that wait beside `folder / "folder"` for the rest."""
+    journal = folder / f"{files.RESUMABLE}folder" / "journal.json"
+    return set(json.loads(journal.read_text())["files"]) if journal.exists() else set()
+
+
+def require_resumed(folder: Path, *, old: bool) -> set[str]:
+    """After a failure: old or new; after another call, which writes only the rest: new. What had been finished."""
+    files.remove_partials(folder)
+    renamed = read_folder(folder / "folder") == NEW
+    assert renamed or read_folder(folder / "folder") == (OLD if old else None)
+    finished = in_journal(folder)
+    assert resume_folder(folder) == [name for name in NEW if renamed or name not in finished]
+    assert read_folder(folder / "folder") == NEW
+    assert {path.name for path in folder.iterdir()} <= {"file", "folder"}
+    return finished
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
+def test_after_a_disk_error_at_any_call_a_resumable_folder_goes_on(old, error, lasting, folder):
+    finished = []
+    for k in itertools.count():
+        begin(folder, old=old)
+        with pytest.MonkeyPatch.context() as patch:
+            failed = fail_calls(patch, range(k, 10**6 if lasting else k + 1), error)
+            with contextlib.suppress(ResourceError):
+                resume_folder(folder)
+        finished.append(require_resumed(folder, old=old))
+        if not failed:
+            break
+    assert set() in finished and {"a", "sub/manifest.json"} in finished
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
+def test_after_a_kill_at_any_call_a_resumable_folder_goes_on(old, folder):
+    finished = []
+    for k in itertools.count():
+        begin(folder, old=old)
+        killed = killed_before(k, lambda: resume_folder(folder))
+        finished.append(require_resumed(folder, old=old))
+        if not killed:
+            break
+    assert set() in finished and {"a"} in finished and {"a", "sub/manifest.json"} in finished
+
+
+@pytest.fixture
+def half(folder) -> Path:
+    """A folder beside which a resumable one waits, with `a` finished."""
+    begin(folder, old=True)
+    with pytest.raises(KeyboardInterrupt), files.resumable_folder(folder / "folder", "key") as journal:
+        fill(journal.folder, NEW)
+        journal.add("a", hashlib.sha256(NEW["a"]).hexdigest())
+        raise KeyboardInterrupt
+    return folder
+
+
+def test_an_interrupted_block_keeps_the_old_folder_and_what_is_finished_of_the_new(half):
+    assert read_folder(half / "folder") == OLD
+    kept = half / f"{files.RESUMABLE}folder"
+    assert {str(path.relative_to(kept)) for path in kept.rglob("*")} == {"journal.json", "folder", "folder/a"}
+    assert files.remove_partials(half) == [], "it waits for the next call"
+    assert resume_folder(half) == ["sub/c", "sub/manifest.json"]
+    assert read_folder(half / "folder") == NEW
+
+
+def test_another_key_starts_anew_and_a_third_finds_nothing_of_the_first(half):
+    assert resume_folder(half, "other key") == list(NEW)
+    assert resume_folder(half) == list(NEW)
+
+
+@pytest.mark.parametrize("content", [b"old and longer", b"new", None], ids=["another hash", "another size", "missing"])
+def test_a_finished_file_that_was_damaged_is_written_again(half, content):
+    path = half / f"{files.RESUMABLE}folder" / "folder" / "a"
+    path.unlink() if content is None else path.write_bytes(content)
+    assert resume_folder(half) == list(NEW)
+    assert read_folder(half / "folder") == NEW
+
+
+def test_a_journal_that_cannot_be_read_starts_anew(half):
+    (half / f"{files.RESUMABLE}folder" / "journal.json").write_text("{")
+    assert resume_folder(half) == list(NEW)
+
+
+def test_the_end_does_not_read_finished_files_again(half, monkeypatch):
+    hashed = []
+    with files.resumable_folder(half / "folder", "key") as journal:
+        fill(journal.folder, {"sub/c": NEW["sub/c"]})
+        real = files.sha256
+        monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or real(path))
+    assert hashed == ["c"]
+    assert read_folder(half / "folder") == {name: NEW[name] for name in ("a", "sub/c")}
+
+
+def test_space_is_needed_only_for_what_is_not_finished(half, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 100))
+    finished = len(NEW["a"])
+    with files.resumable_folder(half / "folder", "key", need_bytes=100 + finished):
+        pass
+    with pytest.raises(ResourceError, match="full disk"), files.resumable_folder(half / "else", "key", need_bytes=101):
+        pass
+    assert {path.name for path in half.iterdir()} == {"file", "folder"}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_second_writer_is_refused_whatever_its_key_and_disturbs_nothing(half):
+    with files.resumable_folder(half / "folder", "key") as journal:
+        fill(journal.folder, NEW)
+        for key in ("key", "other key"):
+            with pytest.raises(ResourceError, match="another process"):
+                resume_folder(half, key)
+        child = os.fork()
+        if not child:
+            try:
+                resume_folder(half)
+            except ResourceError:
+                os._exit(3)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert read_folder(half / "folder") == NEW
+    assert {path.name for path in half.iterdir()} == {"file", "folder"}
 
 
 FULL_DISK = """

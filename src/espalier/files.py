@@ -2,24 +2,31 @@
 
 Everything is written under a temporary name beside its place, flushed to the disk, then renamed. A folder gets
 a manifest of SHA-256 hashes, written last: a folder without one, or one whose files differ from it, is not used.
+
+A folder that takes hours to write is written in `.resumable-NAME` beside its place: `folder` with what is there so
+far, `journal.json` with the hashes of the files that are finished, `lock`. A killed writer's successor goes on there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from espalier.errors import ResourceError, UserError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
+RESUMABLE = ".resumable-"
 RETIRED = ".retired-"
 
 
@@ -78,20 +85,91 @@ def whole_folder(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
-            write_manifest(partial)
-            for entry in partial.rglob("*"):
-                _sync(entry)
-            _sync(partial)
-            _replace_folder(path, partial)
+            _put_in_place(path, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
+@dataclass(frozen=True)
+class Journal:
+    """The finished files of a folder that is being written, kept on the disk for the next process.
+
+    folder    where the files are written
+    finished  {name below `folder`: its "sha256" and "bytes"}
+    """
+
+    path: Path
+    key: str
+    folder: Path
+    finished: dict[str, dict[str, Any]]
+
+    @classmethod
+    def take_up(cls, place: Path, key: str) -> Journal:
+        """The journal in `place`, of those files that are still there as they were finished; empty for another key."""
+        path, folder = place / "journal.json", place / "folder"
+        try:
+            stored = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            stored = {"key": None}
+        recorded = stored["files"] if stored["key"] == key else {}
+        return cls(path, key, folder, {name: entry for name, entry in recorded.items() if _is(folder / name, entry)})
+
+    @property
+    def bytes(self) -> int:
+        """Of the finished files together."""
+        return sum(entry["bytes"] for entry in self.finished.values())
+
+    def add(self, name: str, sha256: str) -> None:
+        """Record that the file `name`, whose bytes have this hash, is finished: from now on it must not change."""
+        _sync(self.folder / name)
+        _sync((self.folder / name).parent)
+        self.finished[name] = _entry(self.folder / name, sha256)
+        write_json(self.path, {"key": self.key, "files": self.finished})
+
+    def clear(self) -> None:
+        """Delete all files but the finished ones, and the journal and the folder if nothing is left in them."""
+        for entry in sorted(self.folder.rglob("*"), reverse=True):
+            if entry.is_file() and str(entry.relative_to(self.folder)) not in self.finished:
+                entry.unlink()
+            elif entry.is_dir() and not any(entry.iterdir()):
+                entry.rmdir()
+        remove_partials(self.path.parent)
+        if not self.finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(path: Path, key: str, *, need_bytes: int = 0) -> Iterator[Journal]:
+    """Like `whole_folder`, but what a failed or killed block had finished waits for the next call with the same key.
+
+    Yields the journal: write into its `folder`, `add` each file that took long, and don't write again what it says
+    is `finished`. `key` names all that the files depend on; another key starts anew. `need_bytes` is of the whole
+    folder. Raises ResourceError while another process writes there.
+    """
+    place = path.with_name(f"{RESUMABLE}{path.name}")
+    with disk_errors(path, need_bytes):
+        place.mkdir(parents=True, exist_ok=True)
+        with _only_writer(path, place):
+            journal = Journal.take_up(place, key)
+            try:
+                journal.clear()
+                require_space(place, need_bytes - journal.bytes)
+                journal.folder.mkdir(exist_ok=True)
+                yield journal
+                _put_in_place(path, journal.folder, journal.finished)
+                journal.path.unlink(missing_ok=True)
+            except BaseException:
+                journal.clear()
+                raise
+
+
 def remove_partials(folder: Path) -> list[str]:
     """Delete what interrupted writers left in `folder`; the names of what was removed.
 
-    A folder that was about to be replaced, and whose successor isn't there, gets its name back.
+    A folder that was about to be replaced, and whose successor isn't there, gets its name back. Resumable folders
+    stay: they wait for the next call, or another process is writing them.
     """
     for retired in folder.glob(f"{RETIRED}*"):
         _restore(folder / retired.name.removeprefix(RETIRED))
@@ -102,14 +180,12 @@ def remove_partials(folder: Path) -> list[str]:
     return [entry.name for entry in left]
 
 
-def write_manifest(folder: Path) -> None:
-    """Record size and hash of every file below `folder`, itself left out."""
-    files = {
-        str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
-    write_json(folder / MANIFEST, {"files": files})
+def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Record size and hash of every file below `folder`, itself left out; files with a `known` entry aren't read."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    names = {str(path.relative_to(folder)): path for path in paths}
+    entries = {name: (known or {}).get(name) or _entry(path, sha256(path)) for name, path in names.items()}
+    write_json(folder / MANIFEST, {"files": entries})
 
 
 def damage(folder: Path) -> str | None:
@@ -177,6 +253,50 @@ def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:
         expected=need,
         mend="Free some space and run it again; what was saved before is kept.",
     )
+
+
+def _entry(path: Path, sha256: str) -> dict[str, Any]:
+    return {"sha256": sha256, "bytes": path.stat().st_size}
+
+
+def _is(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is the one that was recorded."""
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path, place: Path) -> Iterator[None]:
+    """Hold the lock in `place`, which is gone afterwards if nothing else is in it."""
+    lock = place / "lock"
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file may have been deleted by a holder who finished between our two calls.
+            held = lock.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise ResourceError(
+                str(path),
+                found="another process that is writing it",
+                expected="one writer",
+                mend="Wait for it, or stop it and run this again; what it has finished is kept.",
+            )
+        try:
+            yield
+        finally:
+            lock.unlink()
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def _put_in_place(path: Path, new: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Give a folder that is complete its manifest, flush it to the disk and rename it to `path`."""
+    write_manifest(new, known)
+    for entry in new.rglob("*"):
+        _sync(entry)
+    _sync(new)
+    _replace_folder(path, new)
 
 
 def _replace_folder(path: Path, new: Path) -> None:
