@@ -21,8 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RUNS = Path(os.environ.get("BENCH_RUNS", "runs/bench-time-to-loss"))
-SECONDS, SHARE = 240.0, 0.35
-RATES, SEEDS = (1e-3, 2e-3, 4e-3), (1, 2, 3)
+SECONDS, SHARE = 240.0, 0.25
+RATES, SEEDS = (5e-4, 1e-3, 2e-3), (1, 2, 3)
 VOCABULARY, LENGTH, HELD_OUT_ROWS = 4096, 256, 256
 SMALL = ROOT / "recipes" / "pretrain" / "small.yaml"
 
@@ -140,8 +140,8 @@ def start(name: str, *arguments: object) -> subprocess.Popen:
 
 
 def by_twos(jobs: list[tuple]) -> dict[str, dict]:
-    """Run the jobs two at a time; the results by name."""
-    waiting, running = list(jobs), []
+    """Run the jobs two at a time, those that have no result yet; the results by name."""
+    waiting, running = [job for job in jobs if not (RUNS / job[0] / "result.json").exists()], []
     while waiting or running:
         running = [process for process in running if process.poll() is None]
         while waiting and len(running) < 2:
