@@ -24,8 +24,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Compiled kernels are kept for the next run; torch's own place for them doesn't outlive a restart.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.home() / "inductor"))
-# The CPU's flags say what it can do; a test kernel in a process of its own for each costs a second at every start.
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # How many graphs one layer class may have: a few for every width that a run grows through.
 GRAPHS = 64
 
