@@ -28,7 +28,7 @@ FREE = Cost()
 
 def card(results: Report, cost: Cost = FREE, **made) -> str:
     made = {"method": "pretrain", "seed": 5, "versions": {"espalier": "9.9"}, "cost": vars(cost), **made}
-    return model_card("model", made, SPEC, 1_234_567, results)
+    return model_card("model", SPEC.family, SPEC, 1_234_567, made, results)
 
 
 def front(text: str) -> dict:

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
 from espalier import units
 from espalier.ledger import Cost
 from espalier.report import Report
-from espalier.spec import ModelSpec
 
 
-def model_card(name: str, made: dict[str, Any], spec: ModelSpec, parameters: int, results: Report) -> str:
+class Sized(Protocol):
+    """What the card says of a model's shape."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+
+
+PRETRAINED = """A small model trained on little text: it continues text of the kind it saw, and knows nothing reliable.
+It was not tuned to follow instructions and has no safety training."""
+GROWN = """Parts of this model are new and have learned nothing yet: train it on before you use it. Whatever limits its
+parent has, it has too."""
+
+
+def model_card(
+    name: str,
+    family: str,
+    shape: Sized,
+    parameters: int,
+    made: dict[str, Any],
+    results: Report,
+    *,
+    limits: str = PRETRAINED,
+) -> str:
     """The card's text; numbers are those of made.json and the report."""
     cost = Cost(**made["cost"])
     measured = "measured" if "kwh" in made.get("measured", ()) else "estimated"
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["espalier", spec.family, "grown"],
+        "tags": ["espalier", family, "grown"],
         "model-index": [{"name": name, "results": [_index_entry(row) for row in results.rows]}],
         "co2_eq_emissions": {
             "emissions": round(cost.kgco2e * 1000, 6),
@@ -37,8 +60,8 @@ def model_card(name: str, made: dict[str, Any], spec: ModelSpec, parameters: int
 ---
 # {name}
 
-A {spec.family} language model of {units.count(parameters)} parameters ({spec.num_hidden_layers} layers,
-hidden size {spec.hidden_size}), trained with Espalier {made["versions"]["espalier"]}.
+A {family} language model of {units.count(parameters)} parameters ({shape.num_hidden_layers} layers,
+hidden size {shape.hidden_size}), made with Espalier {made["versions"]["espalier"]}.
 
 ## How it was made
 
@@ -57,8 +80,7 @@ Method `{made["method"]}`, seed {made["seed"]}. The whole recipe, the growth ste
 
 ## Limits
 
-A small model trained on little text: it continues text of the kind it saw, and knows nothing reliable.
-It was not tuned to follow instructions and has no safety training.
+{limits}
 """
 
 

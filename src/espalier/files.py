@@ -208,6 +208,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def recorded(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file by the folder's manifest; {} without one."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    return {name: entry["sha256"] for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()}
+
+
 def require_space(folder: Path, need_bytes: int) -> None:
     """Refuse before writing when the disk can't hold `need_bytes` more."""
     free = shutil.disk_usage(folder).free

@@ -90,8 +90,9 @@ class ModelFolder:
 
     def fingerprint(self) -> str:
         """One digest of config and weights: the model's identity in a lineage."""
-        parts = [files.sha256(path) for path in (self.path / "config.json", *self.weight_files())]
-        return files.digest(parts)
+        known = files.recorded(self.path)  # `open` has compared the files with it
+        paths = (self.path / "config.json", *self.weight_files())
+        return files.digest([known.get(path.name) or files.sha256(path) for path in paths])
 
     def tokenizer_fingerprint(self) -> str | None:
         """Digest of tokenizer.json, or None when the folder has no tokenizer."""

@@ -181,7 +181,8 @@ def _export(resolved: PretrainRecipe, settled: Settled, outcome: Outcome, vocabu
         )
         run.write_made(folder, made)
         parameters = flops.parameters(state.spec)
-        files.write_text(folder / "README.md", model_card(run.name, made, state.spec, parameters, results))
+        card = model_card(run.name, state.spec.family, state.spec, parameters, made, results)
+        files.write_text(folder / "README.md", card)
     run.charge("export")
 
 

@@ -138,6 +138,25 @@ class ModelSpec(BaseModel):
         """This spec with some fields replaced, checked again."""
         return ModelSpec.model_validate({**self.model_dump(), **sizes})
 
+    def fields(self) -> dict[str, Any]:
+        """All that tells it from other specs, by name."""
+        return self.model_dump()
+
+    @property
+    def norm(self) -> Literal["rms", "layer"]:
+        """What kind of norm the layers have: all families here scale by the root mean square."""
+        return "rms"
+
+    @property
+    def normed_heads(self) -> Literal["none", "each", "all"]:
+        """Whether queries and keys pass a norm, over each head."""
+        return "each" if self.family == "qwen3" else "none"
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies embeddings by because of its width."""
+        return 1.0
+
     def to_config(self) -> dict[str, Any]:
         """The keyword arguments of the family's Hugging Face config, `model_type` among them."""
         config = self.model_dump(exclude={"family", "rope_theta", *MULTIPLIERS})

@@ -1,86 +1,27 @@
 """Growing models in memory and folders on disk."""
 
+import copy
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
-from espalier.errors import ModelError, RecipeError
+from espalier import files
+from espalier.errors import ModelError
 from espalier.folder import ModelFolder
-from espalier.grow.apply import IdentityRecipe, StackRecipe, ZeroPadRecipe, grow_model, grow_moments
+from espalier.grow import operators
+from espalier.grow.apply import grow_folder, grow_model, grow_moments, plan_weights
 from espalier.grow.depth import identity, stack
-from espalier.grow.preserve import check
 from espalier.grow.width import zero_pad
-from espalier.method import find
 from espalier.model.axes import discover
-from espalier.run import Run
-
-METHODS = {
-    "grow.stack": (StackRecipe, {"factor": 2}, "num_hidden_layers", 6),
-    "grow.identity": (IdentityRecipe, {"layers": 4}, "num_hidden_layers", 4),
-    "grow.zero_pad": (ZeroPadRecipe, {"hidden_size": 40}, "hidden_size", 40),
-}
-
-
-@pytest.fixture
-def parent(tmp_path, spec, make):
-    folder = tmp_path / "small"
-    make(spec).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
-
-def carry_out(name, parent, out, **settings) -> ModelFolder:
-    recipe = METHODS[name][0](model=parent, out=out, **settings)
-    run = Run.start(out.with_name(f"run-{out.name}"), recipe, tell=lambda line: None)
-    try:
-        return find(name).load()(recipe, run)
-    finally:
-        run.close()
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_grown_folder_opens_generates_and_says_where_it_came_from(name, parent, tmp_path, input_ids):
-    _, settings, key, size = METHODS[name]
-    folder = carry_out(name, parent, tmp_path / "large", **settings)
-    model = AutoModelForCausalLM.from_pretrained(folder.path)
-    assert getattr(model.config, key) == size
-    assert model.generate(input_ids[:1, :4], max_new_tokens=3, min_new_tokens=3).shape == (1, 7)
-    exact = check(AutoModelForCausalLM.from_pretrained(parent), model, input_ids).relative_difference <= 1e-5
-    assert folder.made["growth"]["exact"] == exact
-    assert folder.made["method"] == name
-    assert folder.made["parents"][0]["fingerprint"] == ModelFolder.open(parent).fingerprint()
-    assert (folder.path / "tokenizer.json").exists()
-    assert json.loads((folder.path / "manifest.json").read_text())["files"]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_growing_a_folder_is_a_function_of_recipe_and_seed(name, parent, tmp_path):
-    settings = METHODS[name][1]
-    prints = [
-        carry_out(name, parent, tmp_path / f"out{number}", seed=seed, **settings).fingerprint()
-        for number, seed in enumerate((1, 1, 2))
-    ]
-    assert prints[0] == prints[1]
-    assert (prints[0] == prints[2]) == (name != "grow.zero_pad")
-
-
-def test_a_growth_without_effect_is_refused(parent, tmp_path):
-    with pytest.raises(RecipeError, match="hidden_size"):
-        carry_out("grow.zero_pad", parent, tmp_path / "large", hidden_size=24)
-    assert not (tmp_path / "large").exists()
-
-
-def test_sizes_that_do_not_fit_together_are_refused(parent, tmp_path):
-    with pytest.raises(ModelError, match="num_attention_heads"):
-        carry_out("grow.zero_pad", parent, tmp_path / "large", num_attention_heads=5)
-
-
-@pytest.mark.parametrize("target", [{}, {"factor": 2, "layers": 6}])
-def test_stacking_wants_one_target(target, parent, tmp_path):
-    with pytest.raises(ValueError, match="either factor or layers"):
-        StackRecipe(model=parent, out=tmp_path / "large", **target)
+from espalier.model.build import load
+from espalier.model.mup import Parametrization
 
 
 def test_a_growth_planned_from_another_shape_is_refused(spec, make, grow):
@@ -134,3 +75,135 @@ def test_a_trained_model_goes_on_with_the_moments_of_its_optimizer(spec, make, g
     further.step()
     assert torch.equal(grown["model.layers.5.mlp.up_proj.weight"]["step"], torch.tensor(2.0))
     assert torch.equal(state["model.layers.2.mlp.up_proj.weight"]["step"], torch.tensor(1.0))
+
+
+def std_of(growths):
+    return Parametrization(kind="standard").std_of(growths[-1].after)
+
+
+def streamed(parent: Path, out: Path, growths, **more) -> PreTrainedModel:
+    grow_folder(
+        ModelFolder.open(parent),
+        out,
+        growths,
+        seed=3,
+        std_of=std_of(growths),
+        finish=lambda folder: None,
+        tell=lambda line: None,
+        **more,
+    )
+    return load(ModelFolder.open(out), dtype="auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", operators.WIDTH)
+def test_folder_to_folder_gives_the_same_bits_as_in_memory(width, dtype, granite, make, tmp_path):
+    small = make(granite).to(dtype)
+    small.save_pretrained(tmp_path / "small", max_shard_size="10KB")
+    shape = discover(small.config.to_dict()).shape
+    after = shape.changed(hidden_size=48, intermediate_size=56, num_attention_heads=8, num_hidden_layers=4)
+    growths = operators.plan_growth(shape, after, width=width, depth="interpolate")
+    large = streamed(tmp_path / "small", tmp_path / "large", growths, shard_bytes=20_000)
+    expected = grow_model(small, growths, seed=3, std_of=std_of(growths))
+    assert large.dtype == dtype
+    assert len(ModelFolder.open(tmp_path / "large").weight_files()) > 1
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(large.state_dict()[name], weight), name
+    own = {"architectures": None, "_name_or_path": None}
+    assert large.config.to_dict() | own == expected.config.to_dict() | own
+
+
+def test_experts_that_are_stored_one_by_one_are_grown_in_memory(tmp_path, input_ids):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_local_experts": 4}
+    config = MixtralConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    small = MixtralForCausalLM(config).eval()
+    small.save_pretrained(tmp_path / "small")
+    shape = discover(small.config.to_dict()).shape
+    growths = [zero_pad(shape, shape.changed(intermediate_size=40))]
+    large = streamed(tmp_path / "small", tmp_path / "large", growths)
+    with torch.no_grad():
+        assert torch.allclose(small(input_ids).logits, large(input_ids).logits, atol=1e-5)
+
+
+def test_a_broken_promise_leaves_the_folder_as_it_was(spec, make, tmp_path):
+    make(spec).save_pretrained(tmp_path / "small")
+    shape = discover(spec.to_config()).shape
+    growths = [identity(shape, shape.changed(num_hidden_layers=4))]
+    streamed(tmp_path / "small", tmp_path / "large", growths)
+    before = ModelFolder.open(tmp_path / "large").fingerprint()
+
+    def refuse(folder):
+        raise ModelError("here", found="a broken promise", expected="a kept one", mend="None.")
+
+    with pytest.raises(ModelError, match="a broken promise"):
+        grow_folder(
+            ModelFolder.open(tmp_path / "small"),
+            tmp_path / "large",
+            [stack(shape, shape.changed(num_hidden_layers=6))],
+            seed=3,
+            std_of=std_of(growths),
+            finish=refuse,
+            tell=lambda line: None,
+        )
+    assert ModelFolder.open(tmp_path / "large").fingerprint() == before
+
+
+def test_nothing_is_read_for_a_growth_that_transformers_would_build_differently(spec):
+    growth = stack(spec, spec.changed(num_hidden_layers=6))
+    layers = copy.copy(growth.layers)
+    object.__setattr__(layers, "source", growth.layers.source[:5])
+    broken = copy.copy(growth)
+    object.__setattr__(broken, "layers", layers)
+    read = lambda name: pytest.fail(f"{name} was read")  # noqa: E731
+    with pytest.raises(ModelError, match="as transformers builds it"):
+        plan_weights(spec.to_config(), [broken], read, seed=0, std_of=std_of([growth]))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from espalier.folder import ModelFolder
+from espalier.grow import apply, operators
+from espalier.model import shards
+from espalier.model.axes import discover
+from espalier.model.mup import Parametrization
+
+parent, out, left = ModelFolder.open(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+read = shards.Weights.read
+
+def counted(self, name):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, name)
+
+shards.Weights.read = counted
+shape = discover(parent.config).shape
+growths = [operators.DEPTH["stack"](shape, shape.changed(num_hidden_layers=6))]
+std_of = Parametrization(kind="standard").std_of(growths[-1].after)
+finish = lambda folder: None
+apply.grow_folder(parent, out, growths, seed=3, std_of=std_of, finish=finish, tell=print, shard_bytes=20_000)
+"""
+
+
+def test_a_growth_that_was_killed_goes_on_to_the_same_bits(spec, make, tmp_path):
+    make(spec).save_pretrained(tmp_path / "small")
+    shape = discover(spec.to_config()).shape
+    streamed(
+        tmp_path / "small", tmp_path / "whole", [stack(shape, shape.changed(num_hidden_layers=6))], shard_bytes=20_000
+    )
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "small"), str(tmp_path / "large")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([*command, "30"], env=environment, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "large").exists()
+    journal = json.loads((tmp_path / ".resumable-large" / "journal.json").read_text())
+    assert journal["files"]
+    done = subprocess.run([*command, "1000"], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files.damage(tmp_path / "large") is None
+    assert ModelFolder.open(tmp_path / "large").fingerprint() == ModelFolder.open(tmp_path / "whole").fingerprint()
+    assert not (tmp_path / ".resumable-large").exists()

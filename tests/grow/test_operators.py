@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from espalier.errors import ModelError
-from espalier.grow.operators import OPERATORS, plan_growth
+from espalier.grow.operators import OPERATORS, WIDTH, plan_growth
 
 
 def test_width_comes_before_depth_and_leads_to_the_stated_shape(spec):
@@ -53,10 +53,10 @@ def test_every_operator_is_a_value_that_can_be_written_down(spec):
     import json
 
     for name, build in OPERATORS.items():
-        size = "hidden_size" if name == "zero_pad" else "num_hidden_layers"
-        record = build(spec, spec.changed(**{size: 48})).record()
+        size, target = ("hidden_size", 48) if name in WIDTH else ("num_hidden_layers", 6)
+        record = build(spec, spec.changed(**{size: target})).record()
         assert json.loads(json.dumps(record)) == record
-        assert record["operator"] == name and record["changed"][size] == [getattr(spec, size), 48]
+        assert record["operator"] == name and record["changed"][size] == [getattr(spec, size), target]
 
 
 def test_planning_needs_no_torch():

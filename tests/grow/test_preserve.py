@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from espalier.grow.preserve import check, dead_slots
+from espalier.grow.preserve import check, dead_slots, learning
 
 
 def test_a_model_agrees_with_itself_and_the_loss_is_the_model_s_own(spec, make, input_ids):
@@ -47,7 +47,7 @@ def test_one_step_is_not_enough_for_what_lies_behind_a_zero_writer(spec, make, i
     model = make(spec)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 3] = 0
-    assert dead_slots(model, input_ids, steps=1) == [
+    assert learning(model, input_ids, steps=1).dead == [
         f"model.layers.0.mlp.{name}.weight: ffn 3" for name in ("gate_proj", "up_proj")
     ]
-    assert dead_slots(model, input_ids, steps=2) == []
+    assert learning(model, input_ids, steps=2).dead == []

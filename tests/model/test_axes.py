@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from espalier.errors import ModelError
-from espalier.model.axes import Axis, discover
+from espalier.model.axes import discover
+from espalier.model.layout import Axis
 from espalier.spec import FAMILIES, ModelSpec
 
 
@@ -30,22 +31,22 @@ def test_every_tensor_of_a_family_is_laid_out_once_with_its_own_shape(family, ti
 def test_projections_have_the_roles_and_sides_of_attention_and_of_the_mlp():
     tensors = discover(spec().to_config()).tensors
     layer = "model.layers.1."
-    heads, kv_heads = (lambda side: Axis("heads", 48, 8, side)), (lambda side: Axis("kv_heads", 24, 8, side))
-    hidden, ffn = (lambda side: Axis("hidden", 24, 1, side)), (lambda side: Axis("ffn", 56, 1, side))
+    heads, kv_heads = (lambda side: Axis.of("heads", 6, 8, side)), (lambda side: Axis.of("kv_heads", 3, 8, side))
+    hidden, ffn = (lambda side: Axis.of("hidden", 24, 1, side)), (lambda side: Axis.of("ffn", 56, 1, side))
     assert tensors[layer + "self_attn.q_proj.weight"] == (heads("out"), hidden("in"))
     assert tensors[layer + "self_attn.k_proj.weight"] == (kv_heads("out"), hidden("in"))
     assert tensors[layer + "self_attn.v_proj.weight"] == (kv_heads("out"), hidden("in"))
     assert tensors[layer + "self_attn.o_proj.weight"] == (hidden("out"), heads("in"))
     assert tensors[layer + "mlp.down_proj.weight"] == (hidden("out"), ffn("in"))
     assert tensors[layer + "input_layernorm.weight"] == (hidden("along"),)
-    assert tensors["model.embed_tokens.weight"] == (Axis("vocab", 40, 1, "in"), hidden("out"))
-    assert tensors["lm_head.weight"] == (Axis("vocab", 40, 1, "out"), hidden("in"))
+    assert tensors["model.embed_tokens.weight"] == (Axis.of("vocab", 40, 1, "in"), hidden("out"))
+    assert tensors["lm_head.weight"] == (Axis.of("vocab", 40, 1, "out"), hidden("in"))
 
 
 def test_sizes_that_are_equal_by_chance_are_still_told_apart():
     square = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
     tensors = discover(spec(**square, num_attention_heads=4, num_key_value_heads=4).to_config()).tensors
-    roles = {name: tuple(axis.role for axis in axes) for name, axes in tensors.items()}
+    roles = {name: tuple(axis.blocks[0].role for axis in axes) for name, axes in tensors.items()}
     assert roles["model.layers.0.self_attn.q_proj.weight"] == ("heads", "hidden")
     assert roles["model.layers.0.self_attn.v_proj.weight"] == ("kv_heads", "hidden")
     assert roles["model.layers.0.mlp.up_proj.weight"] == ("ffn", "hidden")
@@ -55,13 +56,13 @@ def test_sizes_that_are_equal_by_chance_are_still_told_apart():
 def test_what_a_tensor_does_follows_from_its_axes():
     layout = discover(spec("qwen3").to_config())
     holders = {
-        part: {name.replace("model.layers.0.", "") for name in layout.tensors if part in layout.parts(name)}
-        for part in ("writes_residual", "final_norm", "feeds_head_norm")
+        part: {name.replace("model.layers.0.", "") for name in layout.tensors if part in layout.parts[name]}
+        for part in ("writes_residual", "final_norm", "feeds_norm")
     }
     in_first_layer = {name for name in holders["writes_residual"] if "layers" not in name}
     assert in_first_layer == {"model.embed_tokens.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight"}
     assert holders["final_norm"] == {"model.norm.weight"}
-    assert {name for name in holders["feeds_head_norm"] if "layers" not in name} == {
+    assert {name for name in holders["feeds_norm"] if "layers" not in name} == {
         "self_attn.q_proj.weight",
         "self_attn.k_proj.weight",
     }
@@ -70,8 +71,8 @@ def test_what_a_tensor_does_follows_from_its_axes():
 def test_biases_are_written_along_and_norms_scaled_along():
     layout = discover(spec("qwen2").to_config())
     bias, norm = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.weight"
-    assert "bias" in layout.parts(bias) and "bias" not in layout.parts(norm)
-    assert "scales_residual" in layout.parts(norm) and "scales_residual" not in layout.parts(bias)
+    assert "bias" in layout.parts[bias] and "bias" not in layout.parts[norm]
+    assert "scales_residual" in layout.parts[norm] and "scales_residual" not in layout.parts[bias]
 
 
 def test_a_name_knows_its_layer_and_its_place_in_another():
@@ -92,31 +93,54 @@ def test_a_layout_costs_no_memory_and_leaves_the_random_state_alone():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+def blocks(axis: Axis) -> list[tuple[str, int]]:
+    return [(block.role, block.unit) for block in axis.blocks]
+
+
 FUSED = {
-    "phi3": ({"pad_token_id": 0}, "self_attn.qkv_proj.weight"),
-    "gpt_neox": ({}, "attention.query_key_value.weight"),
-    "mixtral": ({}, "mlp."),
+    "phi3": ({"pad_token_id": 0}, "self_attn.qkv_proj.weight", 0, [("heads", 8), ("kv_heads", 8), ("kv_heads", 8)]),
+    "glm4": ({"head_dim": 8, "pad_token_id": 0}, "mlp.gate_up_proj.weight", 0, [("ffn", 1), ("ffn", 1)]),
+    "gpt2": ({}, "attn.c_attn.weight", 1, [("heads", 8)] * 3),
+    "gpt_neox": ({}, "attention.query_key_value.weight", 0, [("heads", 24)]),
+    "mixtral": ({"num_local_experts": 4}, "mlp.experts.gate_up_proj", 1, [("ffn", 1), ("ffn", 1)]),
+    "gpt_oss": ({"num_local_experts": 4, "head_dim": 8}, "mlp.experts.gate_up_proj", 2, [("ffn", 2)]),
 }
 
 
 @pytest.mark.parametrize("model_type", FUSED)
-def test_fused_and_unknown_tensors_are_refused_by_name(model_type):
-    more, name = FUSED[model_type]
+def test_the_order_inside_a_fused_projection_is_found_from_the_function(model_type):
+    more, name, index, expected = FUSED[model_type]
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    with pytest.raises(ModelError, match=name):
-        discover({"model_type": model_type, "num_hidden_layers": 2, **small, **more})
+    layout = discover({"model_type": model_type, "num_hidden_layers": 2, "num_key_value_heads": 2, **small, **more})
+    axes = next(axes for full, axes in layout.tensors.items() if full.endswith(f".0.{name}"))
+    assert blocks(axes[index]) == expected
+    assert axes[index].side == "out"
 
 
-def test_a_size_that_is_twice_in_one_axis_is_refused():
-    config = {"model_type": "glm", "num_hidden_layers": 2, "pad_token_id": 0, "vocab_size": 64}
-    with pytest.raises(ModelError, match=r"mlp\.gate_up_proj\.weight.*intermediate_size gives 13696"):
-        discover(config)
+def test_a_head_size_that_follows_from_the_width_binds_the_two():
+    shape = discover({"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4}).shape
+    assert shape.changed(hidden_size=48, num_attention_heads=6).to_config()["n_head"] == 6
+    with pytest.raises(ModelError, match="hidden_size"):
+        shape.changed(hidden_size=48)
 
 
-def test_a_head_size_that_follows_from_the_width_is_refused():
-    config = {"model_type": "opt", "num_hidden_layers": 2, "vocab_size": 64}
-    with pytest.raises(ModelError, match="opt"):
-        discover(config)
+def test_what_is_special_in_a_family_is_found():
+    gemma = discover({"model_type": "gemma2", "num_hidden_layers": 2, "head_dim": 8})
+    assert set(gemma.offsets.values()) == {1.0}
+    assert gemma.shape.embedding_scale == pytest.approx(gemma.shape.hidden_size**0.5)
+    assert gemma.shape.norm == "rms"
+    neox = discover({"model_type": "gpt_neox", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4})
+    assert neox.shape.norm == "layer" and not neox.offsets and neox.shape.embedding_scale == 1.0
+    olmo = discover({"model_type": "olmo2", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4})
+    assert olmo.shape.normed_heads == "all"
+    feeding = {name for name, parts in olmo.parts.items() if "feeds_norm" in parts and ".0." in name}
+    assert feeding == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"}
+
+
+def test_layers_of_a_kind_that_the_first_do_not_have_are_refused():
+    mixed = {"num_hidden_layers": 4, "mlp_only_layers": [3], "num_experts": 4, "head_dim": 8, "hidden_size": 32}
+    with pytest.raises(ModelError, match=r"layers\.3\.mlp.*first layers"):
+        discover({"model_type": "qwen3_moe", "num_attention_heads": 4, **mixed})
 
 
 @pytest.mark.parametrize("values", [{"model_type": "nonesuch"}, {"model_type": "llama", "num_attention_heads": 7}])

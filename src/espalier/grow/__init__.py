@@ -1,7 +1,14 @@
 """Grow: make a larger model out of a smaller one, keeping what it learned."""
 
 METHODS = {
-    "stack": "apply:grow_stack",
-    "identity": "apply:grow_identity",
-    "zero_pad": "apply:grow_zero_pad",
+    "stack": "verbs:grow_stack",
+    "interpolate": "verbs:grow_interpolate",
+    "gradual": "verbs:grow_gradual",
+    "overlap": "verbs:grow_overlap",
+    "identity": "verbs:grow_identity",
+    "zero_pad": "verbs:grow_zero_pad",
+    "fpi": "verbs:grow_fpi",
+    "aki": "verbs:grow_aki",
+    "reach": "verbs:grow_reach",
+    "check": "verbs:grow_check",
 }

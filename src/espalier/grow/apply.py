@@ -1,54 +1,43 @@
-"""Apply growths: to a model in memory, to its optimizer's state, and from model folder to model folder."""
+"""Apply growths: to a model in memory, to its optimizer's state, and from model folder to model folder.
+
+All three make each tensor by `reshape.Grown`, from the same seed, so they agree bit for bit.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
+import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from espalier import files
-from espalier.errors import ModelError, RecipeError
+from espalier.errors import ModelError
 from espalier.folder import ModelFolder
-from espalier.grow.depth import Place, identity, stack
-from espalier.grow.width import zero_pad
-from espalier.method import method
-from espalier.model import build, reshape
-from espalier.model.axes import Layout, discover
-from espalier.model.growth import Growth
-from espalier.model.mup import Parametrization
-from espalier.recipe import Recipe
-from espalier.run import Run
-from espalier.spec import ModelSpec
+from espalier.model import build, reshape, shards
+from espalier.model.axes import discover
+from espalier.model.growth import Growth, Shape
+from espalier.model.layout import Layout
+from espalier.model.reshape import Grown, Read, StdOf
 
 State = dict[str, dict[str, Tensor]]
 
-STANDARD = Parametrization(kind="standard")
 
-
-def grow_model(
-    model: PreTrainedModel, growths: Sequence[Growth], *, seed: int, std_of: reshape.StdOf
-) -> PreTrainedModel:
+def grow_model(model: PreTrainedModel, growths: Sequence[Growth], *, seed: int, std_of: StdOf) -> PreTrainedModel:
     """A new model of the same class: `growths` applied in order; a copy without any. The old model isn't changed.
 
     seed    of the random slots
     std_of  the initialiser's standard deviation for a name and shape of the grown model
     """
-    if not growths:
-        return copy.deepcopy(model)
     config = model.config.to_dict()
-    layout = discover(config)
-    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
-    for growth in growths:
-        _require_start(config, growth)
-        weights = dict(reshape.apply(growth, layout, weights.__getitem__, seed=seed, std_of=std_of))
-        config, layout = grown_config(config, growth), reshape.after(layout, growth)
+    old = {name: weight.detach() for name, weight in model.state_dict().items()}
+    plan = plan_weights(config, growths, old.__getitem__, seed=seed, std_of=std_of)
+    weights = {name: plan.read(name).clone() for name in plan.layout.tensors}
     grown = type(model).from_pretrained(
-        None, config=AutoConfig.for_model(**config), state_dict=weights, dtype=model.dtype
+        None, config=AutoConfig.for_model(**plan.config), state_dict=weights, dtype=model.dtype
     )
     grown.generation_config = model.generation_config
     return grown.to(model.device).train(model.training)
@@ -69,117 +58,121 @@ def grow_moments(state: State, growths: Sequence[Growth], layout: Layout) -> Sta
     return state
 
 
-def grown_config(config: dict[str, Any], growth: Growth) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Weights:
+    """A grown model that isn't there yet: its config and layout, and a function that makes any one tensor."""
+
+    config: dict[str, Any]
+    layout: Layout
+    read: Read
+
+
+def plan_weights(config: dict[str, Any], growths: Sequence[Growth], read: Read, *, seed: int, std_of: StdOf) -> Weights:
+    """What `growths` make of the model that `config` describes and whose tensors `read` gives.
+
+    Raises ModelError, before any tensor is read, if the growths were planned from another shape, or if transformers
+    would build another model from the grown config.
+    """
+    layout = discover(config)
+    for growth in growths:
+        _require_start(layout.shape, growth)
+        grown = Grown(growth, layout, read, seed, std_of)
+        config = grown_config(config, layout, growth)
+        layout, read = grown.layout, grown.read
+    if growths:
+        _require_fit(config, layout)
+    return Weights(config, layout, read)
+
+
+def grown_config(config: dict[str, Any], layout: Layout, growth: Growth) -> dict[str, Any]:
     """The Hugging Face config after a growth: what it changed, and lists that have an entry for each layer."""
     before, after = growth.before.to_config(), growth.after.to_config()
-    changed = {key: value for key, value in after.items() if value != before[key]}
-    if config.get("layer_types"):
-        changed["layer_types"] = [config["layer_types"][layer] for layer in growth.layers.source]
-    return config | changed
+    changed = {key: value for key, value in after.items() if value != before.get(key)}
+    stated = {key: value for key, value in layout.shape.to_config().items() if config.get(key) is None}
+    layers = growth.before.num_hidden_layers
+    if layers != growth.after.num_hidden_layers:
+        for key, value in config.items():
+            if isinstance(value, list) and len(value) == layers and not key.endswith(("token_id", "token_ids")):
+                changed[key] = [value[layer] for layer in growth.layers.source]
+    return config | stated | changed
 
 
-def _require_start(config: dict[str, Any], growth: Growth) -> None:
+def _require_start(shape: Shape, growth: Growth) -> None:
     """Refuse a growth that was planned from another shape than the model has."""
-    planned, there = growth.before.to_config(), ModelSpec.from_config(config).to_config()
-    differing = [key for key in planned if planned[key] != there[key]]
+    planned, there = growth.before.fields(), shape.fields()
+    differing = [key for key in there if key in planned and planned[key] != there[key]]
     if differing:
         raise ModelError(
             f"growth by {growth.operator}: {', '.join(differing)}",
             found=", ".join(f"{there[key]!r} in the model" for key in differing),
             expected=", ".join(f"{planned[key]!r}, as planned" for key in differing),
-            mend="Plan from the model's own shape: ModelSpec.from_config, or `after` of the growth before.",
+            mend="Plan from the model's own shape, or from `after` of the growth before.",
         )
 
 
-class GrowRecipe(Recipe):
-    """What every growth from folder to folder is told."""
-
-    model: Path = Field(description="the model folder to grow")
-    out: Path = Field(description="the model folder to write; replaced if it exists")
-    seed: int = 0
-
-
-class StackRecipe(GrowRecipe):
-    """How often to repeat the block of layers, or how many layers to reach."""
-
-    factor: int | None = Field(default=None, ge=2)
-    layers: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if (self.factor is None) == (self.layers is None):
-            raise ValueError("state either factor or layers")
-        return self
+def _require_fit(config: dict[str, Any], layout: Layout) -> None:
+    """Refuse a growth whose tensors aren't those of the model that its config describes."""
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in layout.tied}
+    planned = {name: layout.sizes(name) for name in layout.tensors}
+    for name in sorted(expected.keys() | planned.keys()):
+        if expected.get(name) != planned.get(name):
+            raise ModelError(
+                f"{config['model_type']}: {name}",
+                found=f"shape {planned.get(name, 'none')} after the growth",
+                expected=f"{expected.get(name, 'no such tensor')}, as transformers builds it",
+                mend="Layers of this model differ in kind; choose a depth whose layers are of the kinds they replace.",
+            )
 
 
-class IdentityRecipe(GrowRecipe):
-    """How many layers to reach, and where the new ones go."""
-
-    layers: int = Field(ge=1)
-    place: Place = "after"
-
-
-class ZeroPadRecipe(GrowRecipe):
-    """The sizes to reach; what isn't stated stays as it is."""
-
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    parametrization: Parametrization = Field(default=STANDARD, description="of new slots: as the model was initialised")
-
-
-@method(paper="arXiv 2405.15319", needs="a model folder", costs="reading and writing the weights", status="proven")
-def grow_stack(recipe: StackRecipe, run: Run) -> ModelFolder:
-    """Repeat the block of layers: all of it learns at once, but the loss jumps at first."""
-    parent = ModelFolder.open(recipe.model)
-    layers = recipe.layers or recipe.factor * parent.spec.num_hidden_layers  # type: ignore[operator]
-    return _grow(recipe, run, parent, stack(parent.spec, _reach(parent.spec, {"num_hidden_layers": layers})))
-
-
-@method(paper="arXiv 2401.02415", needs="a model folder", costs="reading and writing the weights")
-def grow_identity(recipe: IdentityRecipe, run: Run) -> ModelFolder:
-    """Add layers that do nothing yet: the function stays exactly the same."""
-    parent = ModelFolder.open(recipe.model)
-    after = _reach(parent.spec, {"num_hidden_layers": recipe.layers})
-    return _grow(recipe, run, parent, identity(parent.spec, after, recipe.place))
-
-
-@method(paper="arXiv 2309.03852", needs="a model folder", costs="reading and writing the weights")
-def grow_zero_pad(recipe: ZeroPadRecipe, run: Run) -> ModelFolder:
-    """Widen channels, neurons and heads: the function stays exactly the same."""
-    parent = ModelFolder.open(recipe.model)
-    stated = recipe.model_dump(exclude={*GrowRecipe.model_fields, "parametrization"}, exclude_none=True)
-    after = recipe.parametrization.carried_by(_reach(parent.spec, stated))
-    return _grow(recipe, run, parent, zero_pad(parent.spec, after), recipe.parametrization)
-
-
-def _reach(before: ModelSpec, sizes: dict[str, int]) -> ModelSpec:
-    """`before` with these sizes; refused if they don't fit together or change nothing."""
-    after = ModelSpec.stated({**before.model_dump(), **sizes}, where=", ".join(sizes))
-    if after == before:
-        raise RecipeError(
-            ", ".join(sizes) or "the recipe",
-            found="the sizes that the model has",
-            expected="at least one larger size",
-            mend="State a larger one, as in hidden_size=512.",
-        )
-    return after
-
-
-def _grow(
-    recipe: GrowRecipe,
-    run: Run,
+def grow_folder(
     parent: ModelFolder,
-    growth: Growth,
-    parametrization: Parametrization = STANDARD,
-) -> ModelFolder:
-    """Grow a folder's model and write it, its tokenizer and made.json as one new folder."""
-    std_of = parametrization.std_of(growth.after)
-    grown = grow_model(build.load(parent), [growth], seed=recipe.seed, std_of=std_of)
-    run.charge("grow")
-    made = run.made(f"grow.{growth.operator}", seed=recipe.seed, parents=(parent,), growth=growth.record())
-    with files.whole_folder(recipe.out, need_bytes=grown.get_memory_footprint()) as folder:
-        build.save(grown, folder, parent.path)
-        run.write_made(folder, made)
-    return ModelFolder.open(recipe.out)
+    out: Path,
+    growths: Sequence[Growth],
+    *,
+    seed: int,
+    std_of: StdOf,
+    finish: Callable[[Path], None],
+    tell: Callable[[str], None],
+    shard_bytes: int = shards.SHARD_BYTES,
+) -> None:
+    """Grow a folder's model into the folder `out`, which appears whole; after a kill, the same call goes on.
+
+    One tensor is in memory at a time, if the files hold the model's tensors under its own names. Where transformers
+    converts them as it loads (experts that are stored one by one), the whole model is.
+
+    finish  puts what else belongs there into the new folder, and may refuse it
+    """
+    key = files.digest([parent.fingerprint(), [g.record() for g in growths], seed, shard_bytes])
+    stored = shards.Weights.open(parent)
+    layout = discover(parent.config)
+    plan = plan_weights(parent.config, growths, stored.read, seed=seed, std_of=std_of)
+    need = stored.bytes * plan.layout.elements // max(layout.elements, 1)
+    with files.resumable_folder(out, key, need_bytes=need) as journal:
+        if _is_stored_as_named(stored, layout):
+            planned = [_planned(name, plan.layout, layout, stored) for name in plan.layout.tensors]
+            shards.write(journal.folder, planned, plan.read, shard_bytes=shard_bytes, done=journal)
+            files.write_json(journal.folder / "config.json", _saved_config(plan.config))
+            build.copy_tokenizer(parent.path, journal.folder)
+        else:
+            tell("This family's tensors are converted as they are loaded: the whole model is held in memory.")
+            model = build.load(parent, dtype="auto")
+            build.save(grow_model(model, growths, seed=seed, std_of=std_of), journal.folder, parent.path)
+        finish(journal.folder)
+
+
+def _is_stored_as_named(stored: shards.Weights, layout: Layout) -> bool:
+    """Whether the files hold the model's tensors as they are in memory (a tied one may be there twice)."""
+    names = set(stored.names) - set(layout.tied)
+    return names == set(layout.tensors) and all(stored.shape(name) == layout.sizes(name) for name in names)
+
+
+def _planned(name: str, grown: Layout, old: Layout, stored: shards.Weights) -> shards.Planned:
+    """A tensor of the grown model, with the dtype of one of the same kind in the old one."""
+    origin = name if name in old.tensors else old.with_layer(name, 0)
+    return shards.Planned(name, grown.sizes(name), stored.dtype(origin))
+
+
+def _saved_config(config: dict[str, Any]) -> dict[str, Any]:
+    return AutoConfig.for_model(**config).to_diff_dict() | {"architectures": config.get("architectures")}

@@ -8,25 +8,69 @@ from __future__ import annotations
 from typing import Literal
 
 from espalier.errors import ModelError
-from espalier.model.growth import Growth, LayerMap
-from espalier.spec import ModelSpec
+from espalier.model.growth import Growth, LayerMap, Shape, differing
 
 Place = Literal["after", "top"]
+Block = Literal["all", "top", "middle"]
 
 
-def stack(before: ModelSpec, after: ModelSpec) -> Growth:
-    """Repeat the whole block of layers: target layer i copies layer i mod k (G_stack, arXiv 2405.15319).
+def stack(before: Shape, after: Shape, block: Block = "all") -> Growth:
+    """Repeat a block of layers: target layer i copies layer i mod k (G_stack, arXiv 2405.15319).
 
-    Where the target isn't a multiple of k, the remainder copies the top layers again. Not function-preserving: the
-    last layer of one block feeds the first of the next.
+    block  "all" repeats the whole stack, and what is left over copies the top layers again; "top" repeats the upper
+           half, "middle" the half in the middle (partial stacking)
+
+    Not function-preserving: the last layer of one block feeds the first of the next.
     """
     old, new = _layers(before, after)
-    rounds, rest = divmod(new, old)
-    source = (*range(old), *(layer for _ in range(rounds - 1) for layer in range(old)), *range(old - rest, old))
-    return Growth("stack", before, after, exact=False, layers=LayerMap(source, frozenset(range(old, new))))
+    begin, end = {"all": (0, old), "top": (old // 2, old), "middle": (old // 4, old - old // 4)}[block]
+    rounds, rest = divmod(new - old, end - begin)
+    source = (*range(end), *[*range(begin, end)] * rounds, *range(end - rest, end), *range(end, old))
+    name = "stack" if block == "all" else f"stack_{block}"
+    return _copies(name, before, after, source, range(end, end + new - old))
 
 
-def identity(before: ModelSpec, after: ModelSpec, place: Place = "after") -> Growth:
+def gradual(before: Shape, after: Shape) -> Growth:
+    """Copy the top layers once more: gradual stacking adds a few at each of many growths (after StackBERT,
+    arXiv 2011.13635, and MSLT). At most twice the layers. Not function-preserving.
+    """
+    old, new = _layers(before, after)
+    if new > 2 * old:
+        raise ModelError(
+            "num_hidden_layers",
+            found=f"{new} after {old}",
+            expected=f"at most {2 * old}: gradual stacking copies the top layers once",
+            mend="Grow in several steps, or use stack.",
+        )
+    return _copies("gradual", before, after, (*range(old), *range(2 * old - new, old)), range(old, new))
+
+
+def overlap(before: Shape, after: Shape) -> Growth:
+    """Two copies of the stack that leave layers out where they meet: the lower one its last, the upper one its first
+    (depth up-scaling, SOLAR, arXiv 2312.15166). Not function-preserving.
+    """
+    old, new = _layers(before, after)
+    if new > 2 * old or new % 2:
+        raise ModelError(
+            "num_hidden_layers",
+            found=f"{new} after {old}",
+            expected=f"an even number, at most {2 * old}: two copies of the stack that overlap",
+            mend="Choose such a number, or use stack.",
+        )
+    half = new // 2
+    return _copies("overlap", before, after, (*range(half), *range(old - half, old)), range(half, new))
+
+
+def interpolate(before: Shape, after: Shape) -> Growth:
+    """Repeat each layer in place: target layer i copies layer floor(i k / k'), as in 1 1 2 2 3 3 (AquilaMoE,
+    arXiv 2408.06567). Neighbours do similar work, so the loss jumps less than with `stack`.
+    """
+    old, new = _layers(before, after)
+    source = tuple(layer * old // new for layer in range(new))
+    return _copies("interpolate", before, after, source, _repeats(source))
+
+
+def identity(before: Shape, after: Shape, place: Place = "after") -> Growth:
     """Add layers that pass the residual stream on unchanged: copies whose writers to it are zero (LLaMA-Pro,
     arXiv 2401.02415). Function-preserving.
 
@@ -39,12 +83,22 @@ def identity(before: ModelSpec, after: ModelSpec, place: Place = "after") -> Gro
         added = frozenset(range(old, new))
     else:
         source = tuple(layer * old // new for layer in range(new))
-        added = frozenset(layer for layer in range(1, new) if source[layer] == source[layer - 1])
+        added = _repeats(source)
     layers = LayerMap(source, added)
     return Growth("identity", before, after, exact=True, layers=layers, silent=frozenset({"writes_residual"}))
 
 
-def _layers(before: ModelSpec, after: ModelSpec) -> tuple[int, int]:
+def _repeats(source: tuple[int, ...]) -> frozenset[int]:
+    """The layers whose lower neighbour copies the same one."""
+    return frozenset(layer for layer in range(1, len(source)) if source[layer] == source[layer - 1])
+
+
+def _copies(name: str, before: Shape, after: Shape, source: tuple[int, ...], new: frozenset[int] | range) -> Growth:
+    assert len(source) == after.num_hidden_layers
+    return Growth(name, before, after, exact=False, layers=LayerMap(source, frozenset(new)))
+
+
+def _layers(before: Shape, after: Shape) -> tuple[int, int]:
     old, new = before.num_hidden_layers, after.num_hidden_layers
     if new < old:
         raise ModelError(
@@ -53,10 +107,9 @@ def _layers(before: ModelSpec, after: ModelSpec) -> tuple[int, int]:
             expected=f"at least {old} layers",
             mend="Order the stages from small to large.",
         )
-    if after.changed(num_hidden_layers=old) != before:
-        differing = [key for key in ModelSpec.model_fields if getattr(before, key) != getattr(after, key)]
+    if others := [key for key in differing(before, after) if key != "num_hidden_layers"]:
         raise ModelError(
-            ", ".join(key for key in differing if key != "num_hidden_layers"),
+            ", ".join(others),
             found="a change together with the depth",
             expected="a depth operator to change num_hidden_layers alone",
             mend="Change the width in a growth of its own, before this one.",

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
-from espalier.grow.depth import identity, stack
-from espalier.grow.width import zero_pad
-from espalier.model.growth import Growth
-from espalier.spec import ModelSpec
+from espalier.grow import depth, width
+from espalier.model.growth import Growth, Shape
 
-Operator = Callable[[ModelSpec, ModelSpec], Growth]
-DepthOperator = Literal["stack", "identity"]
-WidthOperator = Literal["zero_pad"]
+Operator = Callable[[Shape, Shape], Growth]
+DepthOperator = Literal["stack", "stack_top", "stack_middle", "gradual", "overlap", "interpolate", "identity"]
+WidthOperator = Literal["zero_pad", "fpi", "fpi_shares", "aki"]
 
-DEPTH: dict[str, Operator] = {"stack": stack, "identity": identity}
-WIDTH: dict[str, Operator] = {"zero_pad": zero_pad}
+DEPTH: dict[str, Operator] = {
+    "stack": depth.stack,
+    "stack_top": partial(depth.stack, block="top"),
+    "stack_middle": partial(depth.stack, block="middle"),
+    "gradual": depth.gradual,
+    "overlap": depth.overlap,
+    "interpolate": depth.interpolate,
+    "identity": depth.identity,
+}
+WIDTH: dict[str, Operator] = {
+    "zero_pad": width.zero_pad,
+    "fpi": width.fpi,
+    "fpi_shares": width.fpi_shares,
+    "aki": width.aki,
+}
 OPERATORS = DEPTH | WIDTH
 
 
 def plan_growth(
-    before: ModelSpec, after: ModelSpec, *, depth: DepthOperator = "stack", width: WidthOperator = "zero_pad"
+    before: Shape, after: Shape, *, depth: DepthOperator = "stack", width: WidthOperator = "zero_pad"
 ) -> list[Growth]:
     """The growths from `before` to `after`, to be applied in order: width first, then depth; none if they agree.
 
@@ -28,8 +40,8 @@ def plan_growth(
     the place of the one stated. Raises ModelError if a size shrinks or another field changes.
     """
     growths: list[Growth] = []
-    wide = after.changed(num_hidden_layers=before.num_hidden_layers, rms_norm_eps=before.rms_norm_eps)
-    if wide != before:
+    wide: Shape = after.changed(num_hidden_layers=before.num_hidden_layers, rms_norm_eps=before.rms_norm_eps)
+    if wide.fields() != before.fields():
         growths.append(WIDTH[width](before, wide))
         wide = growths[-1].after
     if after.num_hidden_layers != before.num_hidden_layers:

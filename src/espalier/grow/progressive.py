@@ -17,6 +17,7 @@ from espalier import units
 from espalier.budget.plan import Duration, DurationText, Plan
 from espalier.errors import BudgetError, ModelError
 from espalier.grow import operators
+from espalier.grow.operators import DepthOperator, WidthOperator
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from espalier.train.moments import Validate
     from espalier.train.validate import HeldOut
 
-# Growth is exact up to rounding; a relative logit difference beyond this is a broken promise.
-EXACT = 1e-4
 LOG_LINES = 300
 
 
@@ -68,12 +67,14 @@ class ModelRecipe(ShapeRecipe):
 class StageRecipe(ShapeRecipe):
     """One stage: its shape, how long it lasts, and how the model before it grows into it.
 
-    rate is the stage's share of the schedule's learning rate, as FLM lowered it from stage to stage.
+    optimizer_state  what becomes of the moments: carried with the weights, or fresh, as G_stack's paper has it
+    rate             the stage's share of the schedule's learning rate, as FLM lowered it from stage to stage
     """
 
     duration: DurationText
-    depth: Literal["stack", "identity"] = "stack"
-    width: Literal["zero_pad"] = "zero_pad"
+    depth: DepthOperator = "stack"
+    width: WidthOperator = "zero_pad"
+    optimizer_state: Literal["carried", "fresh"] = "carried"
     rate: float = Field(default=1.0, gt=0)
 
 
@@ -100,7 +101,9 @@ class GrowthRecipe(Recipe):
             spec = self.parametrization.carried_by(ModelSpec.stated(sizes, where=f"stage {number}"))
             growths = _growths(path[-1].spec, spec, stage, number) if path else ()
             spec.require_vocabulary(vocab_size, where=f"stage {number}: vocab_size")
-            path.append(GrownStage(growths[-1].after if growths else spec, growths))
+            if growths:
+                spec = spec.changed(rms_norm_eps=growths[-1].after.rms_norm_eps)
+            path.append(GrownStage(spec, growths))
         return path
 
 
@@ -299,15 +302,16 @@ def _grow(
     model = apply.grow_model(state.model, growths, seed=recipe.seed + number, std_of=std_of)
     batch = setting.train_stream.take(setting.train_stream.order(0, 1))
     kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
-    if all(growth.exact for growth in growths) and kept.relative_difference > EXACT:
+    if all(growth.exact for growth in growths) and kept.relative_difference > preserve.EXACT:
         raise ModelError(
             f"growth into stage {number + 1}",
             found=f"logits that differ by {kept.relative_difference:.1e} of the largest",
-            expected=f"at most {EXACT:.0e}, as {', '.join(g.operator for g in growths)} promises",
+            expected=f"at most {preserve.EXACT:.0e}, as {', '.join(g.operator for g in growths)} promises",
             mend="The checkpoint before the growth is intact; use depth: stack, and report this shape.",
         )
     layout = axes.discover(state.model.config.to_dict())
-    moments = apply.grow_moments(state.optimizer.state(), growths, layout)
+    carried = recipe.stages[number].optimizer_state == "carried"
+    moments = apply.grow_moments(state.optimizer.state(), growths, layout) if carried else {}
     progress = replace(state.progress, stage=number)
     grown = _state(recipe, setting, spec, model, progress, moments)
     run.charge("grow", stage=number, step=progress.step)

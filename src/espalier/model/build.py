@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,14 +44,20 @@ def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator) * std
 
 
-def load(folder: ModelFolder) -> PreTrainedModel:
-    """The model of a folder, in fp32 on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
+def load(folder: ModelFolder, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
+    """The model of a folder on the CPU, in fp32; "auto" keeps the dtype of its weights."""
+    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
 
 
 def save(model: PreTrainedModel, path: Path, tokenizer: Path | None) -> None:
     """Write the model and its tokenizer's files into a folder."""
     model.save_pretrained(path)
-    for name in TOKENIZER_FILES if tokenizer else ():
-        if (tokenizer / name).exists():  # type: ignore[operator]
-            shutil.copy(tokenizer / name, path / name)  # type: ignore[operator]
+    if tokenizer:
+        copy_tokenizer(tokenizer, path)
+
+
+def copy_tokenizer(source: Path, path: Path) -> None:
+    """Copy the tokenizer's files from one folder to another, those that are there."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, path / name)

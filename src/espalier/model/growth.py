@@ -8,21 +8,84 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from espalier.spec import ModelSpec
-
-Role = Literal["vocab", "hidden", "ffn", "heads", "kv_heads", "head_dim"]
+# What the slots of an axis are; "fixed" ones follow no size that growth changes.
+Role = Literal[
+    "vocab",
+    "positions",
+    "hidden",
+    "ffn",
+    "expert_ffn",
+    "shared_ffn",
+    "experts",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "fixed",
+]
 
 # What a tensor does in the model; `Layout.parts` tells which hold for it.
-Part = Literal["writes_residual", "reads_residual", "scales_residual", "final_norm", "feeds_head_norm", "bias"]
+Part = Literal[
+    "embeds", "writes_residual", "reads_residual", "scales_residual", "final_norm", "feeds_norm", "routes", "bias"
+]
 
-# What a new slot holds: zero, the mean of the old slots, or a draw of the initialiser's standard deviation.
+# What a new slot holds: zero, the mean over the old slots that the tensor writes, or a draw of the initialiser's
+# standard deviation. Where a tensor reads new slots, zero and mean mean zero.
 Fill = Literal["zero", "mean", "random"]
 
 NEW = -1
+
+
+class Shape(Protocol):
+    """What operators have to know of a model: a ModelSpec, or the ConfigShape that axes finds for any other model.
+
+    norm             "rms", or "layer" for norms that subtract the mean
+    normed_heads     whether norms over queries and keys take "each" head alone, "all" together, or there are "none"
+    embedding_scale  what the model multiplies embeddings by because of its width
+    """
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def initializer_range(self) -> float: ...
+    @property
+    def logits_scaling(self) -> float: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def norm(self) -> Literal["rms", "layer"]: ...
+    @property
+    def normed_heads(self) -> Literal["none", "each", "all"]: ...
+    @property
+    def embedding_scale(self) -> float: ...
+
+    def changed(self, **sizes: Any) -> Self:
+        """This shape with some fields replaced, checked again."""
+
+    def fields(self) -> dict[str, Any]:
+        """All that tells it from other shapes, by name."""
+
+    def to_config(self) -> dict[str, Any]:
+        """Its values under the names of the Hugging Face config."""
+
+
+def differing(one: Shape, other: Shape) -> list[str]:
+    """The fields in which two shapes differ."""
+    ours, theirs = one.fields(), other.fields()
+    return [key for key in ours if ours[key] != theirs[key]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +93,8 @@ class IndexMap:
     """Where each slot of a grown axis comes from.
 
     source  (n',) int64: the slot of the old axis, or NEW
-    share   (n',) float64: the factor on what is read through the slot (on the "in" side)
+    share   (n',) float64: the factor on what is read through the slot (on the "in" side). Over the copies of a slot
+            shares sum to 1, so that the sum that is read stays what it was
     """
 
     source: np.ndarray
@@ -40,6 +104,18 @@ class IndexMap:
     def pad(cls, before: int, after: int) -> IndexMap:
         """Keep all slots, then new ones."""
         return cls.take([*range(before), *[NEW] * (after - before)])
+
+    @classmethod
+    def take(cls, source: list[int]) -> IndexMap:
+        """Each slot whole, from where `source` says."""
+        return cls(np.array(source, dtype=np.int64), np.ones(len(source)))
+
+    @classmethod
+    def copies(cls, source: list[int], noise: float = 0.0, seed: int = 0) -> IndexMap:
+        """Slots copied as `source` says; copies of one slot share it equally, or by weights of 1 +- `noise`."""
+        slots = np.array(source, dtype=np.int64)
+        weights = 1 + noise * np.random.default_rng(seed).uniform(-1, 1, len(slots))
+        return cls(slots, weights / np.bincount(slots, weights)[slots])
 
     @classmethod
     def grouped(cls, before: tuple[int, int], after: tuple[int, int]) -> IndexMap:
@@ -56,10 +132,12 @@ class IndexMap:
             ]
         )
 
-    @classmethod
-    def take(cls, source: list[int]) -> IndexMap:
-        """Each slot whole, from where `source` says."""
-        return cls(np.array(source, dtype=np.int64), np.ones(len(source)))
+    @property
+    def is_copy(self) -> np.ndarray:
+        """(n',) bool: whether an earlier slot has the same source."""
+        first = np.zeros(len(self.source), dtype=bool)
+        first[np.unique(self.source, return_index=True)[1]] = True
+        return ~first & (self.source != NEW)
 
 
 @dataclass(frozen=True)
@@ -68,10 +146,12 @@ class LayerMap:
 
     source  for each target layer the number of the old layer that it copies
     new     target layers that weren't there before
+    donor   for each target layer the old layer whose rows its copied slots take (AKI); as `source` if not stated
     """
 
     source: tuple[int, ...]
     new: frozenset[int] = frozenset()
+    donor: tuple[int, ...] = ()
 
     @classmethod
     def same(cls, layers: int) -> LayerMap:
@@ -91,8 +171,8 @@ class Growth:
     """
 
     operator: str
-    before: ModelSpec
-    after: ModelSpec
+    before: Shape
+    after: Shape
     exact: bool
     layers: LayerMap
     maps: Mapping[Role, IndexMap] = field(default_factory=dict)
@@ -110,10 +190,10 @@ class Growth:
 
     def record(self) -> dict[str, Any]:
         """What was done, as JSON, for made.json."""
-        before, after = self.before.model_dump(), self.after.model_dump()
+        before, after = self.before.fields(), self.after.fields()
         return {
             "operator": self.operator,
             "exact": self.exact,
-            "changed": {key: [before[key], after[key]] for key in before if before[key] != after[key]},
+            "changed": {key: [before[key], after[key]] for key in differing(self.before, self.after)},
             "layers": list(self.layers.source),
         }

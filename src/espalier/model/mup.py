@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from espalier.errors import RecipeError
+from espalier.model.growth import Shape
 from espalier.recipe import Recipe
 from espalier.spec import ModelSpec
 
@@ -44,11 +45,11 @@ class Parametrization(Recipe):
             )
         return spec.changed(logits_scaling=self.width(spec))
 
-    def width(self, spec: ModelSpec) -> float:
+    def width(self, spec: Shape) -> float:
         """The width multiplier w; 1 without muP."""
         return spec.hidden_size / self.base_width if self.kind == "mup" else 1.0
 
-    def std_of(self, spec: ModelSpec) -> Callable[[str, tuple[int, ...]], float]:
+    def std_of(self, spec: Shape) -> Callable[[str, tuple[int, ...]], float]:
         """A function from a weight's name and shape to the standard deviation of its initial values."""
         depth = math.sqrt(2 * spec.num_hidden_layers)
 

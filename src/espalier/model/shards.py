@@ -109,6 +109,11 @@ class Weights:
         """Of all tensors together."""
         return sum(tensor.bytes for tensor in self._stored.values())
 
+    @property
+    def elements(self) -> int:
+        """Of all tensors together."""
+        return sum(math.prod(tensor.shape) for tensor in self._stored.values())
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored[name].shape
 
