@@ -74,8 +74,10 @@ VALUES = {
     "model": "null",
     "out": "a: b #\n",
     "layers": 3,
+    "before": "a",
+    "after": "b",
 }
-BEYOND = {"StackRecipe": {"factor": 2}}
+BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")}
 
 
 def least(kind: type[Recipe]) -> dict:

@@ -94,6 +94,11 @@ class ModelFolder:
         paths = (self.path / "config.json", *self.weight_files())
         return files.digest([known.get(path.name) or files.sha256(path) for path in paths])
 
+    def identity(self) -> list[Any]:
+        """Names, sizes and times of the weight files, and the config: tells in no time whether the folder changed."""
+        stats = [(path.name, path.stat()) for path in self.weight_files()]
+        return [self.config, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
     def tokenizer_fingerprint(self) -> str | None:
         """Digest of tokenizer.json, or None when the folder has no tokenizer."""
         path = self.path / "tokenizer.json"

@@ -139,12 +139,12 @@ def grow_folder(
 ) -> None:
     """Grow a folder's model into the folder `out`, which appears whole; after a kill, the same call goes on.
 
-    One tensor is in memory at a time, if the files hold the model's tensors under its own names. Where transformers
+    Two tensors are in memory at a time, if the files hold the model's tensors under its own names. Where transformers
     converts them as it loads (experts that are stored one by one), the whole model is.
 
     finish  puts what else belongs there into the new folder, and may refuse it
     """
-    key = files.digest([parent.fingerprint(), [g.record() for g in growths], seed, shard_bytes])
+    key = files.digest([parent.identity(), [growth.record() for growth in growths], seed, shard_bytes])
     stored = shards.Weights.open(parent)
     layout = discover(parent.config)
     plan = plan_weights(parent.config, growths, stored.read, seed=seed, std_of=std_of)

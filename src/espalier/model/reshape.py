@@ -145,7 +145,7 @@ def _targets(growth: Growth, layout: Layout) -> dict[str, Target]:
 
 
 def _mapped(old: Tensor, axes: Axes, growth: Growth) -> tuple[Tensor, Tensor]:
-    """The old slots in their new places, and a mask of the grown shape that is true in new slots.
+    """The old slots in their new places, and a mask that broadcasts to the grown shape and is true in new slots.
 
     What the result holds in new slots is arbitrary.
     """
@@ -158,7 +158,7 @@ def _mapped(old: Tensor, axes: Axes, growth: Growth) -> tuple[Tensor, Tensor]:
         elements = torch.from_numpy(_elements(axes, index, growth)).to(old.device)
         grown = grown.index_select(index, elements.clamp(min=0))
         is_new = is_new | _along(elements == NEW, index, old.ndim)
-    return grown, is_new.expand(grown.shape)
+    return grown, is_new
 
 
 def _averaged(weight: Tensor, axes: Axes, growth: Growth) -> Tensor:

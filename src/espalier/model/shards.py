@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     done: Journal | None = None,
 ) -> None:
-    """Write the weights of a model folder, named and indexed as `save_pretrained` does; one tensor is in memory.
+    """Write the weights of a model folder, named and indexed as `save_pretrained` does.
+
+    One tensor is being made while the one before is written and hashed: two are in memory.
 
     make         gives the planned tensor of a name, on any device and in any memory layout
     shard_bytes  the most that a file holds; a larger tensor has its own
@@ -166,17 +169,26 @@ def _write_shard(path: Path, planned: list[Planned], make: Callable[[str], Tenso
     # Large elements first, as safetensors does: then each tensor starts at a multiple of its element's size.
     ordered = sorted(planned, key=lambda tensor: -tensor.dtype.itemsize)
     sha256 = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-
-        def append(data: bytes | memoryview) -> None:
-            hashed = hasher.submit(sha256.update, data)
-            file.write(data)
-            hashed.result()
-
-        append(_header(ordered))
+    sha256.update(header := _header(ordered))
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as workers:
+        file.write(header)
+        pending: list[Future] = []
         for tensor in ordered:
-            append(_bytes_of(_made(tensor, make)))
+            data = _bytes_of(_made(tensor, make))  # while the tensor before is written and hashed
+            _wait(pending)
+            pending = [workers.submit(_write_all, file, data), workers.submit(sha256.update, data)]
+        _wait(pending)
     return sha256.hexdigest()
+
+
+def _wait(pending: list[Future]) -> None:
+    for work in pending:
+        work.result()
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def _made(planned: Planned, make: Callable[[str], Tensor]) -> Tensor:
