@@ -69,7 +69,7 @@ def final_loss(kind: str, width: int, rate: float, seed: int, stream: Stream, he
 
 
 def main() -> None:
-    DEVICE.set_threads()
+    DEVICE.prepare()
     train, held_out, lengths = streams()
     path = HERE / "result.json"
     losses = json.loads(path.read_text())["losses"] if path.exists() else {}

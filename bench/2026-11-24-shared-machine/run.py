@@ -48,7 +48,7 @@ def work(threads: str) -> None:
     parametrization = Parametrization(base_width=256)
     spec = ModelSpec(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, head_dim=64)
     device = Device(threads=count, compute="bfloat16", compile="layers", attention="causal_halves")
-    device.set_threads()
+    device.prepare()
     model = build.build(spec, parametrization, seed=1)
     device.place(model)
     optimizer = Optimizer(model, spec, OptimizerRecipe(name="adamw"), parametrization)

@@ -34,7 +34,7 @@ from espalier.train.recipe import OptimizerRecipe
 parametrization = Parametrization(base_width=256)
 spec = ModelSpec(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, head_dim=64)
 device = Device(threads=1, compute="bfloat16", compile="layers", attention="causal_halves")
-device.set_threads()
+device.prepare()
 model = build.build(spec, parametrization, seed=1)
 device.place(model)
 optimizer = Optimizer(model, spec, OptimizerRecipe(), parametrization)

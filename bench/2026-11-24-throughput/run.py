@@ -143,7 +143,7 @@ def product(size: str, optimizer: str):
     stream = Stream(tokens, sequence_length=LENGTH, seed=1, attend="row", eos_id=0)
     parametrization, shape = Parametrization(base_width=SIZES[size]["hidden_size"]), spec(size)
     device = Device(threads=1, compute="bfloat16", compile="layers", attention="causal_halves")
-    device.set_threads()
+    device.prepare()
     model = build.build(shape, parametrization, seed=0)
     device.place(model)
     recipe = OptimizerRecipe(name=optimizer)

@@ -195,7 +195,7 @@ def _probe(recipe: PlannedRecipe, device: Device, specs: Sequence[ModelSpec]) ->
     from espalier.train.objectives import NextToken, chunk_loss
     from espalier.train.probe import probe
 
-    device.set_threads()
+    device.prepare()
     objective = NextToken(device.compiled(chunk_loss))
     return [
         probe(

@@ -65,6 +65,12 @@ def make():
 
 
 @pytest.fixture
+def make_family(make):
+    """Build a model of a family, with its embedding tied or not."""
+    return lambda family, tied: make(_spec(family, tied=tied))
+
+
+@pytest.fixture
 def grow():
     """Apply growths with the standard initialiser of the last one's shape."""
 

@@ -32,7 +32,8 @@ METHODS = {
         48,
     ),
 }
-RANDOM = {"grow.zero_pad", "grow.fpi"}
+METHODS["grow.upcycle"] = ({"experts": 3, "noise": 0.1}, "num_local_experts", 3)
+RANDOM = {"grow.zero_pad", "grow.fpi", "grow.upcycle"}
 
 
 @pytest.fixture

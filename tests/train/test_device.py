@@ -53,7 +53,7 @@ def test_products_run_in_the_compute_dtype_and_weights_stay_fp32(begin, inputs, 
 def test_threads_are_those_of_the_plan():
     before = torch.get_num_threads()
     try:
-        Device(threads=before + 1).set_threads()
+        Device(threads=before + 1).prepare()
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)

@@ -51,7 +51,7 @@ def evaluate_loss(recipe: LossRecipe, run: Run) -> Report:
     )
     run.charge("data")
     device = Device(kind=row.kind, threads=hardware.free_cores(), compute="float32")
-    device.set_threads()
+    device.prepare()
     model = build.load(folder)
     device.place(model)
     result = validate(

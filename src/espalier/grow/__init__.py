@@ -10,5 +10,6 @@ METHODS = {
     "fpi": "verbs:grow_fpi",
     "aki": "verbs:grow_aki",
     "reach": "verbs:grow_reach",
+    "upcycle": "verbs:grow_upcycle",
     "check": "verbs:grow_check",
 }

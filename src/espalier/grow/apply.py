@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,15 @@ def grow_moments(state: State, growths: Sequence[Growth], layout: Layout) -> Sta
 
 @dataclass(frozen=True)
 class Weights:
-    """A grown model that isn't there yet: its config and layout, and a function that makes any one tensor."""
+    """A grown model that isn't there yet: its config and layout, and a function that makes any one tensor.
+
+    origin  the tensor of the model before all growths that a name stands for, bit for bit; None where it is made
+    """
 
     config: dict[str, Any]
     layout: Layout
     read: Read
+    origin: Callable[[str], str | None]
 
 
 def plan_weights(config: dict[str, Any], growths: Sequence[Growth], read: Read, *, seed: int, std_of: StdOf) -> Weights:
@@ -74,14 +79,22 @@ def plan_weights(config: dict[str, Any], growths: Sequence[Growth], read: Read, 
     would build another model from the grown config.
     """
     layout = discover(config)
+    steps: list[Grown] = []
     for growth in growths:
         _require_start(layout.shape, growth)
-        grown = Grown(growth, layout, read, seed, std_of)
+        steps.append(Grown(growth, layout, read, seed, std_of))
         config = grown_config(config, layout, growth)
-        layout, read = grown.layout, grown.read
+        layout, read = steps[-1].layout, steps[-1].read
     if growths:
         _require_fit(config, layout)
-    return Weights(config, layout, read)
+    return Weights(config, layout, read, partial(_origin, steps))
+
+
+def _origin(steps: Sequence[Grown], name: str) -> str | None:
+    origin: str | None = name
+    for step in reversed(steps):
+        origin = step.origin(origin) if origin is not None else None
+    return origin
 
 
 def grown_config(config: dict[str, Any], layout: Layout, growth: Growth) -> dict[str, Any]:
@@ -152,7 +165,8 @@ def grow_folder(
     with files.resumable_folder(out, key, need_bytes=need) as journal:
         if _is_stored_as_named(stored, layout):
             planned = [_planned(name, plan.layout, layout, stored) for name in plan.layout.tensors]
-            shards.write(journal.folder, planned, plan.read, shard_bytes=shard_bytes, done=journal)
+            make = lambda name: stored.at(o) if (o := plan.origin(name)) else plan.read(name)  # noqa: E731
+            shards.write(journal.folder, planned, make, shard_bytes=shard_bytes, done=journal)
             files.write_json(journal.folder / "config.json", _saved_config(plan.config))
             build.copy_tokenizer(parent.path, journal.folder)
         else:

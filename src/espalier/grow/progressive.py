@@ -156,7 +156,7 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     from espalier.train.loop import Meter, Segment, train
 
     run, device = setting.run, setting.device
-    device.set_threads()
+    device.prepare()
     state = _resume(recipe, plan, setting)
     if state is None:
         _require_reserve(plan, setting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -182,6 +182,36 @@ def grow_reach(recipe: ReachRecipe, run: Run) -> ModelFolder:
     return _grow(recipe, run, plan)
 
 
+class UpcycleRecipe(GrowRecipe):
+    """How many experts, how many of them for each token, and what tells them apart."""
+
+    experts: int = Field(default=8, ge=1)
+    experts_per_token: int = Field(default=2, ge=1)
+    shards: int = Field(default=1, ge=1, description="split each copy's neurons into so many experts (fine-grained)")
+    noise: float = Field(default=0.0, ge=0, description="on each expert's weights, in standard deviations")
+    drop: float = Field(default=0.0, ge=0, lt=1, description="share of each expert's neurons that are drawn anew")
+
+
+@method(paper="arXiv 2212.05055", needs="a Llama, Mistral, Granite or Qwen3 folder", costs="the model in memory")
+def grow_upcycle(recipe: UpcycleRecipe, run: Run) -> ModelFolder:
+    """Make a mixture of experts whose experts are copies of the MLP: exact without noise and drop."""
+    from espalier.grow import experts
+    from espalier.model import build
+    from espalier.model.axes import discover
+
+    parent = ModelFolder.open(recipe.model)
+    settings = recipe.model_dump(include={"experts", "shards", "noise", "drop", "seed"})
+    exact = recipe.noise == recipe.drop == 0
+    run.tell(f"upcycle: {'exact' if exact else 'the function changes (noise and drop are not exact)'}")
+    mixture = experts.upcycle(build.load(parent, dtype="auto"), per_token=recipe.experts_per_token, **settings)
+    shape = discover(mixture.config.to_dict()).shape
+    step = {"operator": "upcycle", "exact": exact, "experts_per_token": recipe.experts_per_token, **settings}
+    with files.whole_folder(recipe.out, need_bytes=mixture.get_memory_footprint()) as folder:
+        build.save(mixture, folder, parent.path)
+        _finish(folder, parent, shape, [step], recipe, run)
+    return ModelFolder.open(recipe.out)
+
+
 class CheckRecipe(Recipe):
     """Two model folders, of which the larger was grown from the smaller."""
 
@@ -210,7 +240,6 @@ def grow_check(recipe: CheckRecipe, run: Run) -> Report:
 def _grow(recipe: DepthRecipe | WidthRecipe, run: Run, plan: Callable[[Shape, Shape], Sequence[Growth]]) -> ModelFolder:
     """Grow a folder's model and write it, its tokenizer, made.json and a card as one new folder."""
     from espalier.grow import apply
-    from espalier.model import shards
     from espalier.model.axes import discover
 
     parent = ModelFolder.open(recipe.model)
@@ -219,34 +248,46 @@ def _grow(recipe: DepthRecipe | WidthRecipe, run: Run, plan: Callable[[Shape, Sh
     after = growths[-1].after
     run.tell(_promise(growths))
     parametrization = recipe.parametrization if isinstance(recipe, WidthRecipe) else STANDARD
-
-    def finish(folder: Path) -> None:
-        proof = _proved(parent, folder, growths, run, seed=recipe.seed)
-        run.charge("grow")
-        made = run.made(
-            "grow." + "+".join(growth.operator for growth in growths),
-            seed=recipe.seed,
-            parents=(parent,),
-            growth=[growth.record() for growth in growths],
-            proof=proof.record() if proof else None,
-        )
-        run.write_made(folder, made)
-        name, family = recipe.out.name, parent.config["model_type"]
-        results = proof.report(name) if proof else Report(name)
-        parameters = shards.Weights.open(ModelFolder(folder)).elements
-        card = model_card(name, family, after, parameters, made, results, limits=GROWN)
-        files.write_text(folder / "README.md", card)
-
     apply.grow_folder(
         parent,
         recipe.out,
         growths,
         seed=recipe.seed,
         std_of=parametrization.std_of(after),
-        finish=finish,
+        finish=lambda folder: _finish(folder, parent, after, [g.record() for g in growths], recipe, run, growths),
         tell=run.tell,
     )
     return ModelFolder.open(recipe.out)
+
+
+def _finish(
+    folder: Path,
+    parent: ModelFolder,
+    shape: Shape,
+    steps: list[dict[str, Any]],
+    recipe: GrowRecipe,
+    run: Run,
+    growths: Sequence[Growth] = (),
+) -> None:
+    """Compare the new folder with its parent, refuse a broken promise, write made.json and the card."""
+    from espalier.model import shards
+
+    exact = all(step["exact"] for step in steps)
+    proof = _proved(parent, folder, growths, run, exact=exact, seed=recipe.seed)
+    run.charge("grow")
+    made = run.made(
+        "grow." + "+".join(step["operator"] for step in steps),
+        seed=recipe.seed,
+        parents=(parent,),
+        growth=steps,
+        proof=proof.record() if proof else None,
+    )
+    run.write_made(folder, made)
+    grown, name = ModelFolder(folder), recipe.out.name
+    results = proof.report(name) if proof else Report(name)
+    parameters = shards.Weights.open(grown).elements
+    card = model_card(name, grown.config["model_type"], shape, parameters, made, results, limits=GROWN)
+    files.write_text(folder / "README.md", card)
 
 
 def _promise(growths: Sequence[Growth]) -> str:
@@ -256,7 +297,9 @@ def _promise(growths: Sequence[Growth]) -> str:
     return f"{steps}: {f'the function changes ({chr(44).join(inexact)} is not exact here)' if inexact else 'exact'}"
 
 
-def _proved(parent: ModelFolder, folder: Path, growths: Sequence[Growth], run: Run, *, seed: int) -> Proof | None:
+def _proved(
+    parent: ModelFolder, folder: Path, growths: Sequence[Growth], run: Run, *, exact: bool, seed: int
+) -> Proof | None:
     """Compare the new folder with its parent and refuse a broken promise; None for models too large for that."""
     from espalier.grow import proof
 
@@ -267,5 +310,5 @@ def _proved(parent: ModelFolder, folder: Path, growths: Sequence[Growth], run: R
     found = proof.prove(parent, folder, growths, seed=seed)
     for line in found.lines():
         run.tell(line)
-    proof.require_promise(found, exact=all(growth.exact for growth in growths), where=str(folder))
+    proof.require_promise(found, exact=exact, where=str(folder))
     return found

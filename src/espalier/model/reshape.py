@@ -59,6 +59,13 @@ class Grown:
         """The layout of the grown model."""
         return after(self.before, self.growth)
 
+    def origin(self, name: str) -> str | None:
+        """The old tensor that this one is, bit for bit; None for one that has to be made."""
+        target = self.targets[name]
+        moved = any(axis.roles & self.growth.maps.keys() for axis in self.before.tensors[target.source])
+        changed = target.silent or moved or self.growth.factor(self.before.parts[target.source]) != 1
+        return None if changed else target.source
+
     def read(self, name: str) -> Tensor:
         """The weight of a name of `layout`; where nothing changes, the old tensor itself."""
         growth, target = self.growth, self.targets[name]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from espalier.files import Journal
 from espalier.folder import INDEX, ModelFolder
 
 SHARD_BYTES = 5_000_000_000
+PIECE_BYTES = 8_000_000
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,18 +74,33 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class _Stored(Planned):
+class Stored(Planned):
     """A tensor in a file, from the byte `start` on."""
 
     file: Path
     start: int
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes, in two buffers by turns: a piece is good until the one after the next is asked for."""
+        buffers = [memoryview(bytearray(min(PIECE_BYTES, self.bytes))) for _ in range(2)]
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            left = self.bytes
+            for buffer in cycle(buffers):
+                if not left:
+                    return
+                read = file.readinto(buffer[:left])
+                if not read:
+                    raise _damaged(self.file, self.name, "a file that became shorter while it was read")
+                left -= read
+                yield buffer[:read]
 
 
 @dataclass(frozen=True)
 class Weights:
     """The tensors of a model folder, read one at a time."""
 
-    _stored: dict[str, _Stored]
+    _stored: dict[str, Stored]
 
     @classmethod
     def open(cls, folder: ModelFolder) -> Weights:
@@ -92,7 +108,7 @@ class Weights:
 
         Raises ModelError, which names the file and the tensor, unless they fit together and cover the files exactly.
         """
-        stored: dict[str, _Stored] = {}
+        stored: dict[str, Stored] = {}
         for tensor in chain.from_iterable(_read_header(file) for file in folder.weight_files()):
             if tensor.name in stored:
                 raise _damaged(tensor.file, tensor.name, f"a tensor that {stored[tensor.name].file.name} has too")
@@ -121,6 +137,10 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         return self._stored[name].dtype
 
+    def at(self, name: str) -> Stored:
+        """Where the tensor is, for copying it unread."""
+        return self._stored[name]
+
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, in memory of its own. Raises ModelError if the file was cut since `open`."""
         stored = self._stored[name]
@@ -135,7 +155,7 @@ class Weights:
 def write(
     folder: Path,
     planned: Sequence[Planned],
-    make: Callable[[str], Tensor],
+    make: Callable[[str], Tensor | Stored],
     *,
     shard_bytes: int = SHARD_BYTES,
     done: Journal | None = None,
@@ -144,7 +164,7 @@ def write(
 
     One tensor is being made while the one before is written and hashed: two are in memory.
 
-    make         gives the planned tensor of a name, on any device and in any memory layout
+    make         gives the planned tensor of a name, on any device and in any memory layout, or where it is stored
     shard_bytes  the most that a file holds; a larger tensor has its own
     done         finished shards are added, and those that it has aren't made again; its key must cover `planned`,
                  `shard_bytes` and all that `make` depends on
@@ -164,7 +184,7 @@ def write(
         files.write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
 
 
-def _write_shard(path: Path, planned: list[Planned], make: Callable[[str], Tensor]) -> str:
+def _write_shard(path: Path, planned: list[Planned], make: Callable[[str], Tensor | Stored]) -> str:
     """Write one safetensors file; the hex digest of its bytes."""
     # Large elements first, as safetensors does: then each tensor starts at a multiple of its element's size.
     ordered = sorted(planned, key=lambda tensor: -tensor.dtype.itemsize)
@@ -174,9 +194,9 @@ def _write_shard(path: Path, planned: list[Planned], make: Callable[[str], Tenso
         file.write(header)
         pending: list[Future] = []
         for tensor in ordered:
-            data = _bytes_of(_made(tensor, make))  # while the tensor before is written and hashed
-            _wait(pending)
-            pending = [workers.submit(_write_all, file, data), workers.submit(sha256.update, data)]
+            for data in _made(tensor, make):  # made while what came before is written and hashed
+                _wait(pending)
+                pending = [workers.submit(_write_all, file, data), workers.submit(sha256.update, data)]
         _wait(pending)
     return sha256.hexdigest()
 
@@ -191,11 +211,12 @@ def _write_all(file: FileIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _made(planned: Planned, make: Callable[[str], Tensor]) -> Tensor:
-    tensor = make(planned.name)
-    found = (tuple(tensor.shape), tensor.dtype)
+def _made(planned: Planned, make: Callable[[str], Tensor | Stored]) -> Iterator[memoryview]:
+    """The bytes of a tensor, in one piece or several."""
+    made = make(planned.name)
+    found = (tuple(made.shape), made.dtype)
     assert found == (planned.shape, planned.dtype), f"{planned.name}: {found} was made, not as planned"
-    return tensor.detach().cpu().contiguous()
+    return made.pieces() if isinstance(made, Stored) else iter([_bytes_of(made.detach().cpu().contiguous())])
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -214,7 +235,7 @@ def _header(planned: Iterable[Planned]) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def _read_header(path: Path) -> list[_Stored]:
+def _read_header(path: Path) -> list[Stored]:
     """The tensors of a safetensors file in the order of their data; ModelError unless they fill it exactly."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -242,7 +263,7 @@ def _read_header(path: Path) -> list[_Stored]:
     return tensors
 
 
-def _checked(path: Path, data_start: int, name: str, entry: Any) -> _Stored:
+def _checked(path: Path, data_start: int, name: str, entry: Any) -> Stored:
     """A header's entry, checked by itself."""
     if not name.isprintable():
         raise _damaged(path, ascii(name), "a name that can't be printed")
@@ -255,7 +276,7 @@ def _checked(path: Path, data_start: int, name: str, entry: Any) -> _Stored:
         raise _damaged(path, name, f"dtype {dtype!r:.80}", f"one of {', '.join(DTYPES)}")
     if not _is_shape(shape):
         raise _damaged(path, name, f"shape {shape!r:.80}")
-    stored = _Stored(name, tuple(shape), DTYPES[dtype], path, data_start + start)
+    stored = Stored(name, tuple(shape), DTYPES[dtype], path, data_start + start)
     if start < 0 or end - start != stored.bytes:
         raise _damaged(path, name, f"data from {start} to {end}", f"the {stored.bytes} bytes of {dtype} {shape!r:.80}")
     return stored
@@ -267,7 +288,7 @@ def _is_shape(sizes: list[Any]) -> bool:
     return plain and math.prod(max(size, 1) for size in sizes) * torch.complex64.itemsize < MAX_TENSOR_BYTES
 
 
-def _require_index(folder: Path, stored: dict[str, _Stored]) -> None:
+def _require_index(folder: Path, stored: dict[str, Stored]) -> None:
     """Refuse an index that doesn't say where the tensors are."""
     if not (folder / INDEX).exists():
         return

@@ -6,6 +6,7 @@ Applied to a model from outside, in this order: device, attention, compile.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,22 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.home() / "inductor"))
 GRAPHS = 64
 
 
+# Parameters of glibc's mallopt.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def keep_memory() -> None:
+    """Keep what large tensors free for those to come, where the C library is glibc.
+
+    Otherwise each comes from the system and goes back to it, and its pages are cleared anew at every step: a tenth of
+    the time of a step on the CPU.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)
+
+
 @dataclass(frozen=True)
 class Device:
     """threads: of the CPU; compute: dtype of the matmuls (weights stay fp32); compile: 'layers' or 'off'."""
@@ -38,8 +55,10 @@ class Device:
     compile: Literal["layers", "off"] = "off"
     attention: Attention = "sdpa"
 
-    def set_threads(self) -> None:
+    def prepare(self) -> None:
+        """Set what holds for the whole process: the threads, and that freed memory is kept."""
         torch.set_num_threads(self.threads)
+        keep_memory()
 
     def place(self, model: PreTrainedModel) -> None:
         """Move a model here and prepare its layers.

@@ -1,0 +1,166 @@
+"""Experts: a mixture of experts out of a dense model, each expert a copy of its MLP (sparse upcycling).
+
+The class of the model changes, so this isn't a matter of index maps: each tensor of the new model is the dense one of
+the same name, or is put together from the dense MLP by the roles of its axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from espalier.errors import ModelError
+from espalier.model.axes import discover
+from espalier.model.build import draw
+from espalier.model.layout import Layout
+
+
+@dataclass(frozen=True)
+class Family:
+    """The mixture that holds a dense family's blocks unchanged; keys of its config."""
+
+    model_type: str
+    experts: str
+    neurons: str = "intermediate_size"
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+
+FAMILIES = {
+    "llama": Family("mixtral", "num_local_experts", fixed=(("sliding_window", None),)),
+    "mistral": Family("mixtral", "num_local_experts"),
+    "granite": Family("granitemoe", "num_local_experts"),
+    "qwen3": Family(
+        "qwen3_moe",
+        "num_experts",
+        "moe_intermediate_size",
+        fixed=(("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])),
+    ),
+}
+ROUTER_STD = 0.02
+
+
+def upcycle(
+    model: PreTrainedModel,
+    *,
+    experts: int,
+    per_token: int = 2,
+    shards: int = 1,
+    noise: float = 0.0,
+    drop: float = 0.0,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A mixture in which every MLP is `experts` copies of the dense one and a new router (Komatsuzaki et al.,
+    arXiv 2212.05055; AquilaMoE, arXiv 2408.06567). Function-preserving without noise and drop: gates sum to 1.
+
+    shards  split each copy's neurons into so many experts of their own, `experts` x `shards` in all; the router's rows
+            of one copy are equal, so that its shards are taken together (virtual groups, arXiv 2410.07524)
+    noise   added to each expert's weights, in standard deviations of the weight
+    drop    share of each expert's neurons that are drawn anew (Drop-Upcycling, arXiv 2502.19261)
+
+    Copies that are alike stay so only until the router sends them different tokens.
+    """
+    config = _mixture_config(model.config, experts * shards, per_token * shards, shards)
+    dense, mixed = discover(model.config.to_dict()), discover(config.to_dict())
+    weights = model.state_dict()
+    old = lambda name: weights[name].detach()  # noqa: E731
+    state = {
+        name: _tensor(name, mixed, dense, old, experts=experts, shards=shards, noise=noise, drop=drop, seed=seed)
+        for name in mixed.tensors
+    }
+    grown = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    grown.load_state_dict(state | {alias: state[name] for alias, name in mixed.tied.items()}, assign=False)
+    grown.generation_config = model.generation_config
+    return grown.train(model.training)
+
+
+def _mixture_config(dense: Any, experts: int, per_token: int, shards: int) -> Any:
+    family = FAMILIES.get(dense.model_type)
+    if family is None:
+        raise ModelError(
+            "model_type",
+            found=dense.model_type,
+            expected=f"one of {', '.join(FAMILIES)}, for which transformers has a mixture with the same attention",
+            mend="Upcycle a model of one of these families.",
+        )
+    if per_token > experts:
+        raise ModelError(
+            "experts_per_token",
+            found=f"{per_token} of {experts} experts",
+            expected="no more than there are",
+            mend="Raise experts or lower experts_per_token.",
+        )
+    if dense.intermediate_size % shards:
+        raise ModelError(
+            "shards",
+            found=f"{dense.intermediate_size} neurons in {shards} shards",
+            expected="a divisor of intermediate_size",
+            mend="Choose such a number.",
+        )
+    known = AutoConfig.for_model(family.model_type).to_dict()
+    own = ("model_type", "architectures", "transformers_version")
+    shared = {key: value for key, value in dense.to_dict().items() if key in known and key not in own}
+    chosen = {family.neurons: dense.intermediate_size // shards, family.experts: experts}
+    return AutoConfig.for_model(
+        family.model_type, **{**shared, **dict(family.fixed), **chosen, "num_experts_per_tok": per_token}
+    )
+
+
+def _tensor(
+    name: str,
+    mixed: Layout,
+    dense: Layout,
+    old: Callable[[str], Tensor],
+    *,
+    experts: int,
+    shards: int,
+    noise: float,
+    drop: float,
+    seed: int,
+) -> Tensor:
+    """A tensor of the mixture: the dense one of its name, a router, or experts put together from the MLP."""
+    if name in dense.tensors and dense.sizes(name) == mixed.sizes(name):
+        return old(name)
+    axes = mixed.tensors[name]
+    layer = mixed.layer_of(name)
+    if "routes" in mixed.parts[name]:
+        rows = draw(name, (experts, axes[1].size), ROUTER_STD, seed)
+        return rows.repeat_interleave(shards, dim=0)
+    gate, up, down = (old(part) for part in _mlp(dense, layer))
+    writes = next(index for index, axis in enumerate(axes) if axis.side == "out")
+    if "hidden" in axes[writes].roles:  # a copy's shards add up with its gate divided between them
+        whole, across = (down * shards)[None].repeat(experts, 1, 1), 2
+    else:
+        whole, across = torch.stack([gate, up], dim=1)[None].repeat(experts, 1, 1, 1), 1
+    whole = _varied(whole, across, name, noise=noise, drop=drop, seed=seed)
+    parts = torch.stack(whole.chunk(shards, dim=across), dim=1).flatten(0, 1)
+    return parts if across == 2 else parts.transpose(1, 2).flatten(1, 2)
+
+
+def _varied(whole: Tensor, across: int, name: str, *, noise: float, drop: float, seed: int) -> Tensor:
+    """The experts' weights (experts, ...) with noise, and with some neurons (along `across`) drawn anew."""
+    std = whole.float().std().item()
+    if noise:
+        whole = whole + draw(f"{name} noise", tuple(whole.shape), noise * std, seed).to(whole)
+    if drop:
+        experts, neurons = whole.shape[0], whole.shape[across]
+        # The same neurons in gate, up and down: the key leaves the tensor's own name out.
+        layer = name.rpartition(".experts")[0]
+        order = draw(f"{layer} drop", (experts, neurons), 1.0, seed).argsort(dim=1)
+        anew = order < round(drop * neurons)
+        shape = [experts] + [1] * (whole.ndim - 1)
+        shape[across] = neurons
+        fresh = draw(f"{name} fresh", tuple(whole.shape), std, seed).to(whole)
+        whole = torch.where(anew.view(shape), fresh, whole)
+    return whole
+
+
+def _mlp(dense: Layout, layer: int | None) -> tuple[str, str, str]:
+    """The names of a layer's gate, up and down projections."""
+    names = [name for name in dense.in_layer(layer) if any("ffn" in axis.roles for axis in dense.tensors[name])]
+    gate, up, down = (next(name for name in names if f"{part}_proj" in name) for part in ("gate", "up", "down"))
+    return gate, up, down
