@@ -75,6 +75,8 @@ VALUES = {
     "out": "a: b #\n",
     "layers": 3,
     "before": "a",
+    "parameters": 1e9,
+    "tokens": 1e12,
     "after": "b",
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")}

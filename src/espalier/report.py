@@ -56,6 +56,16 @@ class Report:
                 return row.value
         raise KeyError(f"{self.subject} has no {metric} on {task}")
 
+    def __str__(self) -> str:
+        """A line for each row."""
+        lines = [
+            f"{row.task}  {row.metric}  {row.value:.4g}"
+            + (f" ± {row.stderr:.2g}" if row.stderr else "")
+            + (f"  ({row.note})" if row.note else "")
+            for row in self.rows
+        ]
+        return "\n".join(lines)
+
     def save(self, path: Path) -> None:
         files.write_json(path, asdict(self))
 

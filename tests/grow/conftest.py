@@ -67,7 +67,13 @@ def make():
 @pytest.fixture
 def make_family(make):
     """Build a model of a family, with its embedding tied or not."""
-    return lambda family, tied: make(_spec(family, tied=tied))
+
+    def make_family(family: str, tied: bool) -> PreTrainedModel:
+        # The head size that all mixtures have, and neurons that can be split into shards of whole cache lines.
+        shape = {"hidden_size": 32, "head_dim": 8, "intermediate_size": 64}
+        return make(_spec(family, tied=tied).changed(**shape))
+
+    return make_family
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def parent(tmp_path, spec, make):
     folder = tmp_path / "small"
     make(spec).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     return folder
 
 
@@ -74,6 +75,7 @@ def test_a_grown_folder_opens_generates_and_says_where_it_came_from(name, parent
     assert made["parents"][0]["fingerprint"] == ModelFolder.open(parent).fingerprint()
     assert ("exact" in told[0]) and ("not exact" in told[0]) != exact
     assert (folder.path / "tokenizer.json").exists()
+    assert model.generation_config.temperature == 0.5
     assert "Parts of this model are new" in (folder.path / "README.md").read_text()
     assert json.loads((folder.path / "manifest.json").read_text())["files"]
 
@@ -157,4 +159,4 @@ def test_copies_that_stay_alike_are_told(parent, tmp_path):
     carry_out("grow.fpi", told, model=parent, out=tmp_path / "equal", hidden_size=48)
     carry_out("grow.fpi", told, model=parent, out=tmp_path / "unequal", hidden_size=48, noise=0.5)
     alike = [line for line in told if "alike" in line]
-    assert alike == ["copies that stay alike: hidden", "no copies that stay alike"]
+    assert alike == ["copies that stay alike: hidden", "copies that stay alike: none"]

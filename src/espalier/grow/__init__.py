@@ -12,4 +12,5 @@ METHODS = {
     "reach": "verbs:grow_reach",
     "upcycle": "verbs:grow_upcycle",
     "check": "verbs:grow_check",
+    "when": "when:grow_when",
 }

@@ -168,7 +168,7 @@ def grow_folder(
             make = lambda name: stored.at(o) if (o := plan.origin(name)) else plan.read(name)  # noqa: E731
             shards.write(journal.folder, planned, make, shard_bytes=shard_bytes, done=journal)
             files.write_json(journal.folder / "config.json", _saved_config(plan.config))
-            build.copy_tokenizer(parent.path, journal.folder)
+            build.copy_tokenizer(parent.path, journal.folder, also=(build.GENERATION,))
         else:
             tell("This family's tensors are converted as they are loaded: the whole model is held in memory.")
             model = build.load(parent, dtype="auto")

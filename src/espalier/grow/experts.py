@@ -126,6 +126,13 @@ def _tensor(
     if name in dense.tensors and dense.sizes(name) == mixed.sizes(name):
         return old(name)
     axes = mixed.tensors[name]
+    if not any("experts" in axis.roles for axis in axes):
+        raise ModelError(
+            name,
+            found=f"{dense.sizes(name) if name in dense.tensors else 'no such tensor'} in the dense model",
+            expected=f"{mixed.sizes(name)}, as the mixture of its family has it",
+            mend="The mixture can't hold this shape (a head_dim of its own, for example); upcycle another model.",
+        )
     layer = mixed.layer_of(name)
     if "routes" in mixed.parts[name]:
         rows = draw(name, (experts, axes[1].size), ROUTER_STD, seed)

@@ -30,7 +30,7 @@ class Proof:
     allowed                  the most that rounding explains, for the dtype of the weights
     loss_before, loss_after  next-token cross-entropy in nats
     dead                     slots that no gradient reaches in three steps
-    symmetric                roles whose copies move alike
+    symmetric                roles whose copies move alike; None where it isn't known what copies what
     """
 
     relative_difference: float
@@ -38,7 +38,7 @@ class Proof:
     loss_before: float
     loss_after: float
     dead: list[str]
-    symmetric: list[str]
+    symmetric: list[str] | None
 
     @property
     def exact(self) -> bool:
@@ -53,11 +53,13 @@ class Proof:
         jump = self.loss_after - self.loss_before
         function = "the same function" if self.exact else "another function"
         dead = f"{', '.join(self.dead[:SHOWN])}{' ...' if len(self.dead) > SHOWN else ''}"
-        return [
+        lines = [
             f"{function}: logits differ by {self.relative_difference:.1e} of the largest, loss {jump:+.4f} nats",
             f"{len(self.dead)} slots that no gradient reaches: {dead}" if self.dead else "every slot learns",
-            f"copies that stay alike: {', '.join(self.symmetric)}" if self.symmetric else "no copies that stay alike",
         ]
+        if self.symmetric is not None:
+            lines.append(f"copies that stay alike: {', '.join(self.symmetric) or 'none'}")
+        return lines
 
     def report(self, subject: str) -> Report:
         """As rows."""
@@ -65,7 +67,8 @@ class Proof:
         report.add("growth", "relative logit difference", self.relative_difference, n=ROWS * LENGTH)
         report.add("growth", "loss jump", self.loss_after - self.loss_before, n=ROWS * LENGTH, note="random tokens")
         report.add("growth", "dead slots", len(self.dead))
-        report.add("growth", "symmetric roles", len(self.symmetric), note=", ".join(self.symmetric))
+        if self.symmetric is not None:
+            report.add("growth", "symmetric roles", len(self.symmetric), note=", ".join(self.symmetric))
         return report
 
 
@@ -78,9 +81,8 @@ def prove(before: ModelFolder, after: Path, growths: Sequence[Growth] = (), *, s
     ids = torch.randint(0, old.get_input_embeddings().num_embeddings, (ROWS, LENGTH), generator=generator)
     kept = preserve.check(old, new, ids)
     learned = preserve.learning(new, ids, growths)
-    return Proof(
-        kept.relative_difference, allowed, kept.loss_before, kept.loss_after, learned.dead, list(learned.symmetric)
-    )
+    symmetric = list[str](learned.symmetric) if growths else None
+    return Proof(kept.relative_difference, allowed, kept.loss_before, kept.loss_after, learned.dead, symmetric)
 
 
 def require_promise(proof: Proof, *, exact: bool, where: str) -> None:

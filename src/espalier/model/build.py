@@ -18,6 +18,7 @@ from espalier.spec import ModelSpec
 
 transformers_logging.disable_progress_bar()
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -56,8 +57,8 @@ def save(model: PreTrainedModel, path: Path, tokenizer: Path | None) -> None:
         copy_tokenizer(tokenizer, path)
 
 
-def copy_tokenizer(source: Path, path: Path) -> None:
-    """Copy the tokenizer's files from one folder to another, those that are there."""
-    for name in TOKENIZER_FILES:
+def copy_tokenizer(source: Path, path: Path, *, also: tuple[str, ...] = ()) -> None:
+    """Copy the tokenizer's files, and others, from one folder to another, those that are there."""
+    for name in (*TOKENIZER_FILES, *also):
         if (source / name).exists():
             shutil.copy(source / name, path / name)
