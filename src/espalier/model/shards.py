@@ -27,7 +27,7 @@ from espalier.files import Journal
 from espalier.folder import INDEX, ModelFolder
 
 SHARD_BYTES = 5_000_000_000
-PIECE_BYTES = 8_000_000
+PIECE_BYTES = 2_000_000
 
 DTYPES = {
     "F64": torch.float64,
@@ -80,15 +80,13 @@ class Stored(Planned):
     file: Path
     start: int
 
-    def pieces(self) -> Iterator[memoryview]:
-        """Its bytes, in two buffers by turns: a piece is good until the one after the next is asked for."""
-        buffers = [memoryview(bytearray(min(PIECE_BYTES, self.bytes))) for _ in range(2)]
+    def pieces(self, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Its bytes, piece by piece in one buffer after the other."""
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             left = self.bytes
-            for buffer in cycle(buffers):
-                if not left:
-                    return
+            while left:
+                buffer = next(buffers)
                 read = file.readinto(buffer[:left])
                 if not read:
                     raise _damaged(self.file, self.name, "a file that became shorter while it was read")
@@ -193,8 +191,10 @@ def _write_shard(path: Path, planned: list[Planned], make: Callable[[str], Tenso
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as workers:
         file.write(header)
         pending: list[Future] = []
+        # A piece is read into one while the other is written and hashed. New ones would cost more than filling them.
+        buffers = cycle([memoryview(bytearray(PIECE_BYTES)), memoryview(bytearray(PIECE_BYTES))])
         for tensor in ordered:
-            for data in _made(tensor, make):  # made while what came before is written and hashed
+            for data in _made(tensor, make, buffers):  # made while what came before is written and hashed
                 _wait(pending)
                 pending = [workers.submit(_write_all, file, data), workers.submit(sha256.update, data)]
         _wait(pending)
@@ -211,12 +211,16 @@ def _write_all(file: FileIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _made(planned: Planned, make: Callable[[str], Tensor | Stored]) -> Iterator[memoryview]:
+def _made(
+    planned: Planned, make: Callable[[str], Tensor | Stored], buffers: Iterator[memoryview]
+) -> Iterator[memoryview]:
     """The bytes of a tensor, in one piece or several."""
     made = make(planned.name)
     found = (tuple(made.shape), made.dtype)
     assert found == (planned.shape, planned.dtype), f"{planned.name}: {found} was made, not as planned"
-    return made.pieces() if isinstance(made, Stored) else iter([_bytes_of(made.detach().cpu().contiguous())])
+    if isinstance(made, Stored):
+        return made.pieces(buffers)
+    return iter([_bytes_of(made.detach().cpu().contiguous())])
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
