@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LAYERS = (4, 10, 22)  # 0.8, 1.6 and 3.2 GB
-ROUNDS = 3
+LAYERS = (4, 10, 23)  # 0.7, 1.5 and 3.1 GB
+ROUNDS = 2
 TOUCHED = 12_000_000_000
 SIZES = {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
 # Operator, and the sizes to reach; streams of 5 GB files, as a user would have them.
