@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RUNS = Path(os.environ.get("BENCH_RUNS", "runs/bench-time-to-loss"))
-SECONDS, SHARE = 240.0, 0.25
+SECONDS, SHARE = 240.0, 0.3
 RATES, SEEDS = (5e-4, 1e-3, 2e-3), (1, 2, 3)
 VOCABULARY, LENGTH, HELD_OUT_ROWS = 4096, 256, 256
 SMALL = ROOT / "recipes" / "pretrain" / "small.yaml"
