@@ -18,7 +18,7 @@ from espalier.folder import ModelFolder
 from espalier.grow import operators
 from espalier.grow.apply import grow_folder, grow_model, grow_moments, plan_weights
 from espalier.grow.depth import identity, stack
-from espalier.grow.width import zero_pad
+from espalier.grow.width import fpi, zero_pad
 from espalier.model.axes import discover
 from espalier.model.build import load
 from espalier.model.mup import Parametrization
@@ -125,6 +125,39 @@ def test_experts_that_are_stored_one_by_one_are_grown_in_memory(tmp_path, input_
     large = streamed(tmp_path / "small", tmp_path / "large", growths)
     with torch.no_grad():
         assert torch.allclose(small(input_ids).logits, large(input_ids).logits, atol=1e-5)
+
+
+def test_shares_and_initial_values_tell_interrupted_growths_apart(spec, make, tmp_path):
+    """Finished shards of one growth are never taken for those of another."""
+    make(spec).save_pretrained(tmp_path / "small")
+    shape = discover(spec.to_config()).shape
+    wide = shape.changed(hidden_size=48)
+
+    def broken_off(folder):
+        raise ModelError("here", found="a kill", expected="none", mend="Go on.")
+
+    def grow(growth, std, finish):
+        grow_folder(
+            ModelFolder.open(tmp_path / "small"),
+            tmp_path / "large",
+            [growth],
+            seed=3,
+            std_of=lambda name, size: std,
+            finish=finish,
+            tell=lambda line: None,
+            shard_bytes=20_000,
+        )
+        return ModelFolder.open(tmp_path / "large").fingerprint()
+
+    cases = [(fpi(shape, wide, 0.2), 0.1), (fpi(shape, wide, 0.4), 0.1), (zero_pad(shape, wide), 0.1)]
+    cases.append((zero_pad(shape, wide), 0.2))
+    whole = [grow(growth, std, lambda folder: None) for growth, std in cases]
+    assert len(set(whole)) == len(cases)
+    for (growth, std), expected in zip(cases, whole, strict=True):
+        for other in cases:
+            with pytest.raises(ModelError, match="a kill"):
+                grow(*other, broken_off)
+            assert grow(growth, std, lambda folder: None) == expected
 
 
 def test_a_broken_promise_leaves_the_folder_as_it_was(spec, make, tmp_path):

@@ -49,6 +49,7 @@ FAMILIES = {
     "granitemoe": {"num_local_experts": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
 }
+NORM_BEHIND_WRITERS = {"gemma2", "gemma3_text", "glm4", "olmo2"}
 NORM_OVER_ALL_HEADS = {"olmo2", "olmoe"}
 EXACT = 1e-5
 IDS = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -121,7 +122,8 @@ def test_a_growth_is_exact_where_it_says_so_and_leaves_nothing_dead(model, opera
         operator in ("fpi", "fpi_shares", "identity")
         or (operator == "zero_pad" and model.config.model_type not in NORM_OVER_ALL_HEADS)
     )
-    learned = preserve.learning(grown, IDS, [growth])
+    late = model.config.model_type in NORM_BEHIND_WRITERS and model.config.tie_word_embeddings
+    learned = preserve.learning(grown, IDS, [growth], steps=3 if late else 2)
     assert learned.dead == []
     assert bool(learned.symmetric) == (operator == "fpi")
 

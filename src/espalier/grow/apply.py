@@ -157,10 +157,11 @@ def grow_folder(
 
     finish  puts what else belongs there into the new folder, and may refuse it
     """
-    key = files.digest([parent.identity(), [growth.record() for growth in growths], seed, shard_bytes])
     stored = shards.Weights.open(parent)
     layout = discover(parent.config)
     plan = plan_weights(parent.config, growths, stored.read, seed=seed, std_of=std_of)
+    stds = [std_of(name, plan.layout.sizes(name)) for name in plan.layout.tensors]
+    key = files.digest([parent.identity(), [growth.identity() for growth in growths], stds, seed, shard_bytes])
     need = stored.bytes * plan.layout.elements // max(layout.elements, 1)
     with files.resumable_folder(out, key, need_bytes=need) as journal:
         if _is_stored_as_named(stored, layout):

@@ -90,8 +90,8 @@ def learning(
 
 
 def dead_slots(model: PreTrainedModel, input_ids: Tensor) -> list[str]:
-    """The slots that no gradient reaches in three SGD steps: the old ones and the new, in every layer."""
-    return learning(model, input_ids).dead
+    """The slots that no gradient reaches in two SGD steps: the old ones and the new, in every layer."""
+    return learning(model, input_ids, steps=2).dead
 
 
 def _dead(name: str, reached: Tensor, layout: Layout) -> Iterator[str]:

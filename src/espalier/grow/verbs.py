@@ -222,7 +222,7 @@ class CheckRecipe(Recipe):
 
 @method(needs="a model folder and the one that was grown from it", costs="a few passes of both models")
 def grow_check(recipe: CheckRecipe, run: Run) -> Report:
-    """Compare a grown model with the one it came from: function, dead slots, copies that stay alike."""
+    """Compare a grown model with the one it came from: the function, and slots that can't learn."""
     from espalier.grow import proof
 
     before, after = ModelFolder.open(recipe.before), ModelFolder.open(recipe.after)

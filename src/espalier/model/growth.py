@@ -188,6 +188,12 @@ class Growth:
         """What old slots of a tensor with these parts are multiplied by."""
         return math.prod(factor for part, factor in self.factors.items() if part in parts)
 
+    def identity(self) -> list[Any]:
+        """All that the grown weights depend on, as JSON: what it says of itself, and every map, fill and factor."""
+        maps = {role: [map_.source.tolist(), map_.share.tolist()] for role, map_ in self.maps.items()}
+        layers = [self.layers.source, sorted(self.layers.new), self.layers.donor]
+        return [self.record(), maps, layers, dict(self.fills), dict(self.factors), sorted(self.silent)]
+
     def record(self) -> dict[str, Any]:
         """What was done, as JSON, for made.json."""
         before, after = self.before.fields(), self.after.fields()

@@ -38,8 +38,8 @@ class Target:
 class Grown:
     """The weights of a grown model, each made when it is asked for. Growth b after a is `Grown(b, a.layout, a.read)`.
 
-    layout  of the model before the growth
-    read    gives the old weight of a name of `layout`
+    before  the layout of the model before the growth
+    old     gives the old weight of a name of `before`
     std_of  the initialiser's standard deviation for a name and (grown) shape; random slots depend on it and on
             (seed, name, shape) alone
     """
@@ -93,7 +93,7 @@ class Grown:
 
 
 def apply(growth: Growth, layout: Layout, read: Read, *, seed: int, std_of: StdOf) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of every tensor of the grown model; arguments as for `Grown`."""
+    """(name, weight) of every tensor of the grown model; `layout` and `read` are of the old one, as in `Grown`."""
     grown = Grown(growth, layout, read, seed, std_of)
     for name in grown.targets:
         yield name, grown.read(name)
