@@ -68,8 +68,8 @@ def learning(
     """Train a copy of a grown model for `steps` SGD steps on `input_ids` (batch, length) and see what moved.
 
     Gradients reach a new slot in the second step at the latest; in the third, where a norm follows what writes it and
-    the read-out is tied (Gemma, GLM 4, OLMo 2). Vocabulary rows and positions are left out of the dead, since a token that isn't
-    there has no gradient.
+    the read-out is tied (Gemma, GLM 4, OLMo 2). Vocabulary rows and positions are left out of the dead, since a token
+    that isn't there has no gradient.
     """
     trained = copy.deepcopy(model).float().eval()  # dropout would tell copies apart
     layout = discover(model.config.to_dict())
