@@ -300,7 +300,7 @@ def copy(source, out):
 folder = Path(sys.argv[1])
 write(folder, [Planned("one", (2**18,), torch.float32)], lambda name: torch.zeros(2**18))
 copy(folder, folder / "small")
-write(folder, [Planned(f"{n:02}", (2**18,), torch.float32) for n in range(64)], lambda name: torch.zeros(2**18))
+write(folder, [Planned(f"{n:02}", (2**18,), torch.float32) for n in range(160)], lambda name: torch.zeros(2**18))
 Path("/proc/self/clear_refs").write_text("5")
 before = peak_mb()
 copy(folder, folder / "large")
@@ -315,7 +315,8 @@ def test_copying_a_model_takes_the_memory_of_a_few_tensors(folder):
     done = subprocess.run([sys.executable, "-c", COPY, str(folder)], capture_output=True, text=True)
     assert done.stderr == ""
     copied_mb, all_at_once_mb = map(int, done.stdout.split())
-    assert copied_mb <= 16 and all_at_once_mb >= 40, "64 tensors of 1 MB"
+    # The allocator keeps up to 22 MB, of however many tensors.
+    assert copied_mb <= 40 and all_at_once_mb >= 120, "160 tensors of 1 MB"
 
 
 FOUR_SHARDS = {f"layers.{n}": random_tensor(torch.bfloat16, (5, 8), n) for n in range(7)}
