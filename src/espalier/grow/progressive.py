@@ -22,7 +22,7 @@ from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
 from espalier.spec import Family, ModelSpec
-from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, TrainRecipe
+from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, Stretch, TrainRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ class StageRecipe(ShapeRecipe):
     """One stage: its shape, how long it lasts, and how the model before it grows into it.
 
     optimizer_state  what becomes of the moments: carried with the weights, or fresh, as G_stack's paper has it
-    rate             the stage's share of the schedule's learning rate, as FLM lowered it from stage to stage
+    rate             the stage's factor on the schedule's learning rate, as FLM lowered it from stage to stage
     """
 
     duration: DurationText
@@ -207,12 +207,13 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
 def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
     """The rate's factor at a step of stage `number`, taken at the middle of the step."""
     stage, total = plan.stages[number], plan.total.flops
-    per_step = stage.cost.flops / stage.steps / total
-    before = sum(earlier.cost.flops for earlier in plan.stages[:number]) / total
+    begin = sum(earlier.cost.flops for earlier in plan.stages[:number]) / total
+    share = stage.cost.flops / total
+    rates = [later.rate for later in recipe.stages[number : number + 2]]
+    stretch = Stretch(begin, begin + share, *rates)
 
     def factor(step: int) -> float:
-        since = (step - stage.first_step + 0.5) * per_step
-        return recipe.stages[number].rate * recipe.schedule.factor(before + since, since if number else None)
+        return recipe.schedule.factor(begin + (step - stage.first_step + 0.5) / stage.steps * share, stretch)
 
     return factor
 
