@@ -10,8 +10,11 @@ from espalier.grow import depth, width
 from espalier.model.growth import Growth, Shape
 
 Operator = Callable[[Shape, Shape], Growth]
-DepthOperator = Literal["stack", "stack_top", "stack_middle", "gradual", "overlap", "interpolate", "identity"]
-WidthOperator = Literal["zero_pad", "fpi", "fpi_shares", "aki"]
+# Those that are nothing but maps, and can be applied to a folder; the others need training to be what they are.
+DepthMap = Literal["stack", "stack_top", "stack_middle", "gradual", "overlap", "interpolate", "identity"]
+WidthMap = Literal["zero_pad", "fpi", "fpi_shares", "aki"]
+DepthOperator = Literal[DepthMap, "masked"]
+WidthOperator = Literal[WidthMap, "masked"]
 
 DEPTH: dict[str, Operator] = {
     "stack": depth.stack,
@@ -21,14 +24,15 @@ DEPTH: dict[str, Operator] = {
     "overlap": depth.overlap,
     "interpolate": depth.interpolate,
     "identity": depth.identity,
+    "masked": depth.masked,
 }
 WIDTH: dict[str, Operator] = {
     "zero_pad": width.zero_pad,
     "fpi": width.fpi,
     "fpi_shares": width.fpi_shares,
     "aki": width.aki,
+    "masked": width.masked,
 }
-OPERATORS = DEPTH | WIDTH
 
 
 def plan_growth(

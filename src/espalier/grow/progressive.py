@@ -68,6 +68,7 @@ class StageRecipe(ShapeRecipe):
     """One stage: its shape, how long it lasts, and how the model before it grows into it.
 
     optimizer_state  what becomes of the moments: carried with the weights, or fresh, as G_stack's paper has it
+    ramp             the share of the stage's steps over which masks are raised, where an operator is `masked`
     rate             the stage's factor on the schedule's learning rate, as FLM lowered it from stage to stage
     """
 
@@ -75,6 +76,7 @@ class StageRecipe(ShapeRecipe):
     depth: DepthOperator = "stack"
     width: WidthOperator = "zero_pad"
     optimizer_state: Literal["carried", "fresh"] = "carried"
+    ramp: float = Field(default=0.25, gt=0, le=1)
     rate: float = Field(default=1.0, gt=0)
 
 
@@ -192,6 +194,7 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
                 micro_rows=recipe.train.per_device_train_batch_size,
                 flops_per_token=stage.flops_per_token,
                 factor=_factor(recipe, plan, number),
+                level=_level(recipe, plan, number),
             )
             ending = train(
                 state, setting.train_stream, segment, setting.objective, device, meter, (log, validate, save, bar)
@@ -218,6 +221,13 @@ def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], fl
     return factor
 
 
+def _level(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
+    """The level of masks at a step of stage `number`: the first one raises them, the last of the ramp to 1."""
+    stage = plan.stages[number]
+    ramp = max(recipe.stages[number].ramp * stage.steps, 1.0)
+    return lambda step: min((step - stage.first_step + 1) / ramp, 1.0)
+
+
 def _require_reserve(plan: Plan, setting: Setting) -> None:
     """Refuse to begin when the budget pays for no step and the evaluation and export after it."""
     first = plan.stages[0]
@@ -240,7 +250,7 @@ def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
     eos_id = setting.train_stream.eos_id
     model = build.build(spec, recipe.parametrization, seed=recipe.seed, eos_token_id=eos_id)
     setting.run.rewind_metrics(0, stage=0)
-    return _state(recipe, setting, spec, model, Progress(), {})
+    return _state(recipe, plan, setting, model, Progress(), {})
 
 
 def _resume(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State | None:
@@ -252,23 +262,32 @@ def _resume(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State | None:
     model, moments, progress = checkpoint.load(path)
     setting.run.rewind_metrics(progress.step, stage=progress.stage)
     setting.run.tell(f"Resumed at step {progress.step} from {path}, verified.")
-    return _state(recipe, setting, plan.stages[progress.stage].spec, model, progress, moments)
+    return _state(recipe, plan, setting, model, progress, moments)
 
 
 def _state(
     recipe: GrowthRecipe,
+    plan: Plan,
     setting: Setting,
-    spec: ModelSpec,
     model: PreTrainedModel,
     progress: Progress,
     moments: dict[str, dict[str, Tensor]],
 ) -> State:
+    """The state of a run that is in stage `progress.stage`; masks are put on where `moments` has unmasked weights."""
+    from espalier.grow import masked
+    from espalier.model import axes
     from espalier.train.loop import State
-    from espalier.train.optim import Optimizer
+    from espalier.train.optim import UNMASKED, Optimizer
 
+    number = progress.stage
+    spec = plan.stages[number].spec
     setting.device.place(model)
     optimizer = Optimizer(model, spec, recipe.optimizer, recipe.parametrization)
     optimizer.load_state(moments)
+    if unmasked := {name: quantities[UNMASKED] for name, quantities in moments.items() if UNMASKED in quantities}:
+        layout = axes.discover(plan.stages[number - 1].spec.to_config())
+        growths = recipe.path(spec.vocab_size)[number].growths
+        optimizer.mask(masked.slots(growths, layout), unmasked)
     return State(spec, model, optimizer, progress)
 
 
@@ -291,9 +310,10 @@ def _grow(
     recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State, number: int, before: Validate, after: Validate
 ) -> State:
     """Grow into stage `number`; refuse, and keep the model as it was, when an exact operator wasn't."""
-    from espalier.grow import apply, preserve
+    from espalier.grow import apply, masked, preserve
     from espalier.model import axes
     from espalier.train.moments import spending
+    from espalier.train.optim import UNMASKED
 
     run, spec = setting.run, plan.stages[number].spec
     growths = recipe.path(spec.vocab_size)[number].growths
@@ -312,9 +332,14 @@ def _grow(
         )
     layout = axes.discover(state.model.config.to_dict())
     carried = recipe.stages[number].optimizer_state == "carried"
-    moments = apply.grow_moments(state.optimizer.state(), growths, layout) if carried else {}
+    unmasked = [growth.unmasked() for growth in growths]
+    moments = apply.grow_moments(state.optimizer.state(), unmasked, layout) if carried else {}
+    if slots := masked.slots(growths, layout).names:
+        trained = apply.grow_model(state.model, unmasked, seed=recipe.seed + number, std_of=std_of).state_dict()
+        for name in slots:
+            moments.setdefault(name, {})[UNMASKED] = trained[name]
     progress = replace(state.progress, stage=number)
-    grown = _state(recipe, setting, spec, model, progress, moments)
+    grown = _state(recipe, plan, setting, model, progress, moments)
     run.charge("grow", stage=number, step=progress.step)
     after_loss = after.now(grown)
     run.log_metrics(

@@ -14,7 +14,7 @@ from espalier.errors import RecipeError
 from espalier.folder import ModelFolder
 from espalier.grow import depth, operators, width
 from espalier.grow.depth import Block, Place
-from espalier.grow.operators import DepthOperator, WidthOperator
+from espalier.grow.operators import DepthMap, WidthMap
 from espalier.method import method
 from espalier.model.growth import Growth, Shape
 from espalier.model.mup import Parametrization
@@ -101,8 +101,8 @@ class ReachRecipe(WidthRecipe):
     """Width and depth in one step, by any two operators; AKI-Pro is width=aki depth=interpolate."""
 
     num_hidden_layers: int | None = None
-    depth: DepthOperator = "stack"
-    width: WidthOperator = "zero_pad"
+    depth: DepthMap = "stack"
+    width: WidthMap = "zero_pad"
 
     def reach(self, shape: Shape) -> Shape:
         layers = {} if self.num_hidden_layers is None else {"num_hidden_layers": self.num_hidden_layers}

@@ -52,7 +52,7 @@ class Grown:
 
     @cached_property
     def targets(self) -> dict[str, Target]:
-        return _targets(self.growth, self.before)
+        return targets(self.growth, self.before)
 
     @cached_property
     def layout(self) -> Layout:
@@ -73,9 +73,9 @@ class Grown:
         if target.silent:
             return self.old(target.source).new_zeros(self.layout.sizes(name))
         offset = self.before.offsets.get(target.source, 0.0)
-        weight, is_new = _mapped(self.old(target.source), axes, growth)
+        weight, is_new = mapped(self.old(target.source), axes, growth)
         if target.donor != target.source and (copied := _copied(axes, growth)) is not None:
-            weight = torch.where(copied, _mapped(self.old(target.donor), axes, growth)[0], weight)
+            weight = torch.where(copied, mapped(self.old(target.donor), axes, growth)[0], weight)
         share = _read_share(axes, growth, _before_tied_head(self.before, parts))
         factor = growth.factor(parts)
         weight = _scaled(weight, share, factor, offset)
@@ -112,7 +112,7 @@ def apply_moment(
     zeros. Raises RunError for a kind that can't be mapped.
     """
     grown = after(layout, growth)
-    for name, target in _targets(growth, layout).items():
+    for name, target in targets(growth, layout).items():
         old, axes = read(target.source), layout.tensors[target.source]
         if old is None:
             continue
@@ -123,7 +123,7 @@ def apply_moment(
         else:
             parts = layout.parts[target.source]
             power = _power(kind, target.source, old, layout)
-            value, is_new = _mapped(old, axes, growth)
+            value, is_new = mapped(old, axes, growth)
             if (share := _written_share(axes, growth, _before_tied_head(layout, parts))) is not None:
                 value = value * share.to(value) ** power
             if (factor := growth.factor(parts)) != 1:
@@ -133,11 +133,11 @@ def apply_moment(
 
 def after(layout: Layout, growth: Growth) -> Layout:
     """The layout of the grown model."""
-    sources = {name: target.source for name, target in _targets(growth, layout).items()}
+    sources = {name: target.source for name, target in targets(growth, layout).items()}
     return layout.grown(growth.after, sources, {role: len(map_.source) for role, map_ in growth.maps.items()})
 
 
-def _targets(growth: Growth, layout: Layout) -> dict[str, Target]:
+def targets(growth: Growth, layout: Layout) -> dict[str, Target]:
     """Every tensor of the grown model, by name."""
     targets = {name: Target(name, name, silent=False) for name in layout.in_layer(None)}
     layers = growth.layers
@@ -151,7 +151,7 @@ def _targets(growth: Growth, layout: Layout) -> dict[str, Target]:
     return targets
 
 
-def _mapped(old: Tensor, axes: Axes, growth: Growth) -> tuple[Tensor, Tensor]:
+def mapped(old: Tensor, axes: Axes, growth: Growth) -> tuple[Tensor, Tensor]:
     """The old slots in their new places, and a mask that broadcasts to the grown shape and is true in new slots.
 
     What the result holds in new slots is arbitrary.

@@ -68,7 +68,7 @@ class ScheduleRecipe(Recipe):
     rewarm_ratio: float = Field(default=0.005, ge=0, lt=1)
 
     def factor(self, done: float, stage: Stretch = Stretch()) -> float:
-        """The factor on the peak rate when a share `done` (0 to 1) of the FLOPs is spent, in the stage that lies there."""
+        """The factor on the peak rate when a share `done` (0 to 1) of the FLOPs is spent, inside `stage`."""
         since, left = done - stage.begin, 1 - stage.begin
         again = since / left if left else 1.0
         warm = _ramp(done, self.warmup_ratio) * (_ramp(since, self.rewarm_ratio) if stage.begin else 1.0)
