@@ -146,6 +146,54 @@ def test_a_run_that_ends_inside_a_ramp_leaves_the_masked_model(carry_out, make_r
     torch.testing.assert_close(shown["model.embed_tokens.weight"][:, 32:], unmasked[:, 32:] / 3)
 
 
+LEARNED = {"depth": "learned", "width": "learned", "fit": 0.5}
+
+
+def test_learned_maps_take_the_first_steps_of_their_stage(carry_out, make_run, stream, monkeypatch):
+    asked = []
+    original = type(stream).batch
+    monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
+    run, recipe = make_run(), recipe_of(SMALL, LARGE | LEARNED)
+    outcome = carry_out(recipe, run)
+    assert asked == [(4 * step, 4) for step in range(12)]
+    assert outcome.state.progress.step == 12
+    spent = run.ledger.spent(kind="train", stage=1)
+    assert spent.tokens == 6 * TOKENS and spent.flops > plan_of(recipe).stages[1].cost.flops, "the maps cost as well"
+    assert outcome.state.progress.flops == pytest.approx(run.ledger.spent(kind="train").flops)
+    lines = list(read_lines(run.folder / METRICS))
+    assert [line["step"] for line in lines if "growth" in line] == [9]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 10, 11, 12]
+
+
+def test_a_signal_while_maps_are_trained_keeps_the_model_before(carry_out, make_run, reopened, monkeypatch):
+    from espalier.grow import learned
+
+    recipe = recipe_of(SMALL, LARGE | LEARNED)
+    whole, run = carry_out(recipe), make_run()
+    original = learned.fit
+
+    def fit(*args):
+        *others, after_update = args
+        return original(*others, lambda done, loss: after_update(done, loss) and signalled(done))
+
+    def signalled(done):
+        run.stop_signal = signal.SIGTERM if done == 2 else None
+        return done < 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learned, "fit", fit)
+        stopped = carry_out(recipe, run)
+    assert (stopped.ending, stopped.state.progress.step, stopped.state.progress.stage) == ("signal", 6, 0)
+    resumed = carry_out(recipe, reopened(run))
+    expected = whole.state.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
+
+
+def test_moments_are_not_carried_through_learned_maps(carry_out):
+    with pytest.raises(ModelError, match=r"stage 2: optimizer_state: .* learned"):
+        recipe_of(SMALL, LARGE | LEARNED | {"optimizer_state": "carried"}).path(VOCABULARY)
+
+
 def test_each_stage_has_its_share_of_the_rate(carry_out, make_run):
     run = make_run()
     flat = {"warmup_ratio": 0.0, "decay_ratio": 0.0, "rewarm_ratio": 0.0}

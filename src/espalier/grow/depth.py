@@ -99,6 +99,13 @@ def masked(before: Shape, after: Shape) -> Growth:
     return dataclasses.replace(stacked, operator="masked", masked=frozenset({"writes_residual"}))
 
 
+def learned(before: Shape, after: Shape) -> Growth:
+    """Mix layers by weights that are trained, beginning with the copies of `stack` (LiGO, arXiv 2303.00980). See
+    `grow.learned`. Not function-preserving.
+    """
+    return dataclasses.replace(stack(before, after), operator="learned", learned=True)
+
+
 def _repeats(source: tuple[int, ...]) -> frozenset[int]:
     """The layers whose lower neighbour copies the same one."""
     return frozenset(layer for layer in range(1, len(source)) if source[layer] == source[layer - 1])

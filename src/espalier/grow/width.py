@@ -112,6 +112,13 @@ def fpi_shares(before: Shape, after: Shape) -> Growth:
     return fpi(before, after, NOISE)
 
 
+def learned(before: Shape, after: Shape) -> Growth:
+    """Widen by linear maps that are trained, beginning with copies of unequal shares (LiGO, arXiv 2303.00980). See
+    `grow.learned`. Not function-preserving.
+    """
+    return dataclasses.replace(fpi(before, after, NOISE), operator="learned", exact=False, learned=True)
+
+
 def aki(before: Shape, after: Shape) -> Growth:
     """Like `fpi`, but the rows of copied channels, neurons and heads are those of the layer above: they differ from
     the start (bert2BERT, arXiv 2110.07143). The last layer has none above it. Not function-preserving, by intent.

@@ -168,6 +168,7 @@ class Growth:
     fills    by part: what new slots hold, the first part that holds for a tensor decides; otherwise random
     factors  by part: what old slots are multiplied by, parts of one tensor together
     silent   parts that are zero throughout a new layer, so that it adds nothing to the residual stream
+    learned  whether its maps are only where the training of maps begins
     masked   parts whose new slots a mask raises from nothing to what `unmasked` has there
     """
 
@@ -181,6 +182,7 @@ class Growth:
     factors: Mapping[Part, float] = field(default_factory=dict)
     silent: frozenset[Part] = frozenset()
     masked: frozenset[Part] = frozenset()
+    learned: bool = False
 
     def unmasked(self) -> Growth:
         """The growth without its masks: new slots have their initial values, norms see all channels."""

@@ -76,7 +76,7 @@ class Grown:
         weight, is_new = mapped(self.old(target.source), axes, growth)
         if target.donor != target.source and (copied := _copied(axes, growth)) is not None:
             weight = torch.where(copied, mapped(self.old(target.donor), axes, growth)[0], weight)
-        share = _read_share(axes, growth, _before_tied_head(self.before, parts))
+        share = _read_share(axes, growth, before_tied_head(self.before, parts))
         factor = growth.factor(parts)
         weight = _scaled(weight, share, factor, offset)
         match growth.fill(parts) if is_new.any() else "none":
@@ -124,7 +124,7 @@ def apply_moment(
             parts = layout.parts[target.source]
             power = _power(kind, target.source, old, layout)
             value, is_new = mapped(old, axes, growth)
-            if (share := _written_share(axes, growth, _before_tied_head(layout, parts))) is not None:
+            if (share := _written_share(axes, growth, before_tied_head(layout, parts))) is not None:
                 value = value * share.to(value) ** power
             if (factor := growth.factor(parts)) != 1:
                 value = value / factor**power
@@ -237,7 +237,7 @@ def _copied(axes: Axes, growth: Growth) -> Tensor | None:
     return copied
 
 
-def _before_tied_head(layout: Layout, parts: frozenset[Part]) -> bool:
+def before_tied_head(layout: Layout, parts: frozenset[Part]) -> bool:
     return "final_norm" in parts and layout.shape.tie_word_embeddings
 
 
