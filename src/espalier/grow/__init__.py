@@ -9,6 +9,7 @@ METHODS = {
     "zero_pad": "verbs:grow_zero_pad",
     "fpi": "verbs:grow_fpi",
     "aki": "verbs:grow_aki",
+    "learned": "verbs:grow_learned",
     "reach": "verbs:grow_reach",
     "upcycle": "verbs:grow_upcycle",
     "check": "verbs:grow_check",
