@@ -13,5 +13,7 @@ METHODS = {
     "reach": "verbs:grow_reach",
     "upcycle": "verbs:grow_upcycle",
     "check": "verbs:grow_check",
+    "compare": "espalier.compare:grow_compare",
     "when": "when:grow_when",
+    "search": "espalier.compare:grow_search",
 }

@@ -165,7 +165,9 @@ def fit(
         leaves = {f"model.{name}": weight.detach().requires_grad_() for name, weight in weights.items()}
         stated = lambda model, *batch: functional_call(loss, leaves, batch)  # noqa: B023, E731
         mean = backward(model, batches(number), how.micro_rows, stated, device)
-        torch.autograd.backward(list(weights.values()), [leaf.grad for leaf in leaves.values()])
+        made = [(weight, leaf.grad) for weight, leaf in zip(weights.values(), leaves.values(), strict=True)]
+        made = [(weight, gradient) for weight, gradient in made if weight.requires_grad]  # others have no map
+        torch.autograd.backward([weight for weight, _ in made], [gradient for _, gradient in made])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not after_update(number + 1, mean):
