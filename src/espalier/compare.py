@@ -93,18 +93,17 @@ class CompareRecipe(Recipe):
 
 
 def _possible(told: PlannedRecipe) -> Iterable[tuple[str, tuple[StageRecipe, ...]]]:
-    """Every operator, or pair of operators, that can take the path: (name, stages)."""
+    """Every operator that can take the path, with the path's own for the other of width and depth: (name, stages)."""
     vocabulary = told.model.vocab_size or told.data.vocab_size
     changes = {key for stage in told.path(vocabulary) for growth in stage.growths for key in growth.record()["changed"]}
     deeper, wider = "num_hidden_layers" in changes, bool(changes - {"num_hidden_layers", "rms_norm_eps"})
-    settings: dict[str, ArmRecipe] = {}
-    for width in WIDTH if wider else [None]:
-        for depth in DEPTH if deeper else [None]:
-            name = " + ".join(dict.fromkeys(operator for operator in (width, depth) if operator))
-            settings[name] = ArmRecipe.model_validate({"width": width, "depth": depth})
+    both = DEPTH.keys() & WIDTH.keys()  # these go together
+    settings = {name: {"depth": name, "width": name} for name in DEPTH if name in both}
+    settings |= {name: {"depth": name} for name in DEPTH if deeper and name not in both}
+    settings |= {name: {"width": name} for name in WIDTH if wider and name not in both}
     seen: list[list] = []
-    for name, arm in settings.items():
-        stages = arm.stages(told.stages)
+    for name, setting in settings.items():
+        stages = ArmRecipe.model_validate(setting).stages(told.stages)
         try:
             path = told.model_copy(update={"stages": stages}).path(vocabulary)
         except ModelError:

@@ -51,7 +51,7 @@ class Way:
         ratio = told.optimizer.vector_learning_rate / told.optimizer.learning_rate
         optimizer = told.optimizer.model_copy(update={"learning_rate": rate, "vector_learning_rate": rate * ratio})
         values = told.model_dump() | {
-            "name": f"{re.sub('[^A-Za-z0-9._]+', '-', self.name)}-rate{rate:g}-seed{seed}",
+            "name": re.sub("[^A-Za-z0-9._]+", "-", f"{self.name} rate{rate:g} seed{seed}"),
             "seed": seed,
             "stages": [stage.model_dump() for stage in stages],
             "optimizer": optimizer.model_dump(),

@@ -15,5 +15,6 @@ METHODS = {
     "check": "verbs:grow_check",
     "compare": "espalier.compare:grow_compare",
     "when": "when:grow_when",
+    "stages": "stages:grow_stages",
     "search": "espalier.compare:grow_search",
 }
