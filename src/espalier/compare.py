@@ -46,10 +46,11 @@ class ArmRecipe(Recipe):
     fit: float | None = None
     ramp: float | None = None
     rate: float | None = None
+    rates: Rates | None = Field(default=None, description="to try for this arm, in the place of rates.grown")
 
     def stages(self, path: Sequence[StageRecipe]) -> tuple[StageRecipe, ...]:
         """The path with this arm's settings after its first stage."""
-        change = self.model_dump(exclude_none=True)
+        change = self.model_dump(exclude_none=True, exclude={"rates"})
         return (path[0], *(StageRecipe.model_validate(stage.model_dump() | change) for stage in path[1:]))
 
 
@@ -89,7 +90,8 @@ class CompareRecipe(Recipe):
 
     def tried(self, way: Way) -> tuple[float, ...]:
         """The rates to try for a way."""
-        return {LARGE: self.rates.large, SMALL: self.rates.small}.get(way.name, self.rates.grown)
+        own = {name: arm.rates for name, arm in self.arms.items() if arm.rates}
+        return ({LARGE: self.rates.large, SMALL: self.rates.small} | own).get(way.name, self.rates.grown)
 
 
 def _possible(told: PlannedRecipe) -> Iterable[tuple[str, tuple[StageRecipe, ...]]]:
