@@ -6,17 +6,20 @@ A trial that is finished is only read, so a comparison that was stopped goes on 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Literal
 
-from espalier import files, units
+from espalier import errors, files, units
 from espalier.budget.plan import Duration
 from espalier.errors import NumericsError, RecipeError
 from espalier.grow.progressive import StageRecipe
@@ -30,6 +33,7 @@ from espalier.run import LEDGER, METRICS, RESULTS, Run, read_lines
 # What counts as a trial's time: its updates, and its growths.
 TIMED = ("train", "grow")
 DIVERGED = "diverged.json"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -181,23 +185,43 @@ def carry_out(
 
 
 class _Workers:
-    """This process, or several others, to call a function over a list of arguments."""
+    """This process, or several others, to call a function over a list of arguments.
+
+    Where something ends it early, what was begun in other processes saves and ends, and nothing more is begun.
+    """
 
     def __init__(self, count: int) -> None:
-        self.pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) if count > 1 else None
+        spawn = multiprocessing.get_context("spawn")
+        self.stop = spawn.Event()
+        self.pool = ProcessPoolExecutor(count, spawn, _begin_worker, (self.stop,)) if count > 1 else None
 
     def __enter__(self) -> Callable[[Callable[..., int], Sequence[tuple]], Iterator[int]]:
         return lambda function, arguments: (self.pool.map if self.pool else map)(function, arguments)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         if self.pool:
+            if kind:
+                self.stop.set()
             self.pool.shutdown(cancel_futures=True)
+
+
+_stop: Event | None = None
+
+
+def _begin_worker(stop: Event) -> None:
+    """In a worker: begin nothing once `stop` is set, and end, as at any SIGTERM, when the process that asks dies."""
+    global _stop
+    _stop = stop
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _carry_out(argument: tuple[dict, str]) -> int:
     """Run one trial, in a process that may have run others; its exit code."""
     import torch
 
+    if _stop and _stop.is_set():
+        return errors.EXIT_INTERRUPTED
     values, folder = argument
     recipe = PretrainRecipe.model_validate(values)
     torch._dynamo.reset()  # graphs of the trial before would count towards the limit
