@@ -78,6 +78,12 @@ VALUES = {
     "parameters": 1e9,
     "tokens": 1e12,
     "after": "b",
+    "run": {"stages": [{"duration": "25%"}, {"duration": "75%", "num_hidden_layers": 8}]},
+    "flops": 1e12,
+    "rates": {"large": [0.01], "small": [0.02], "grown": [0.01, 1e-5]},
+    "large": [1e-5],
+    "small": [0.02],
+    "grown": [0.01, 0.02],
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")}
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from espalier.errors import ModelError
 from espalier.model import reshape
-from espalier.model.growth import NEW, Growth, Role
+from espalier.model.growth import NEW, Growth, Part, Role
 from espalier.model.layout import Axis, Layout, Side
 from espalier.model.reshape import Read
 
@@ -55,7 +55,9 @@ class Maps(nn.Module):
 
     def __init__(self, growths: Sequence[Growth], layout: Layout, read: Read) -> None:
         super().__init__()
-        self._old = {name: read(name).detach().float() for name in layout.tensors}
+        self._names = list(layout.tensors)
+        for name in self._names:
+            self.register_buffer(_key(name), read(name).detach().float(), persistent=False)
         steps: list[_Map] = []
         for growth in growths:
             steps.append(_Map(growth, layout))
@@ -67,7 +69,7 @@ class Maps(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """Every weight of the grown model, by name, fp32."""
-        return self.steps(self._old)
+        return self.steps({name: self.get_buffer(_key(name)) for name in self._names})
 
     def materialized(self) -> dict[str, Tensor]:
         """The weights as plain tensors."""
@@ -100,16 +102,13 @@ class _Map(nn.Module):
     def forward(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
         wide = {name: self._widened(name, weight) for name, weight in old.items()}
         weights = {name: wide[name] for name in self.before.in_layer(None)}
+        layers = range(self.growth.before.num_hidden_layers)
         for name in self.before.in_layer(0):
-            stacked = torch.stack([wide[self.before.with_layer(name, i)] for i in range(len(self._old_layers))])
+            stacked = torch.stack([wide[self.before.with_layer(name, layer)] for layer in layers])
             key = _key(name)
             mixed = torch.tensordot(self.mixes[key], stacked, dims=1) if key in self.mixes else stacked
             weights |= {self.after.with_layer(name, layer): weight for layer, weight in enumerate(mixed)}
         return weights
-
-    @property
-    def _old_layers(self) -> range:
-        return range(self.growth.before.num_hidden_layers)
 
     def _widened(self, name: str, weight: Tensor) -> Tensor:
         offset = self.before.offsets.get(name, 0.0)
@@ -120,7 +119,7 @@ class _Map(nn.Module):
                 weight = self._mapped(weight, index, axis, self._side(axis, parts))
         return weight * self.growth.factor(parts) - offset
 
-    def _side(self, axis: Axis, parts: frozenset) -> Side:
+    def _side(self, axis: Axis, parts: frozenset[Part]) -> Side:
         """A norm before a tied read-out has the shares that the read-out can't have."""
         shared = axis.side == "in" or (axis.side == "along" and reshape.before_tied_head(self.before, parts))
         return "in" if shared else "out"
@@ -208,5 +207,5 @@ def _count(layout: Layout, role: Role) -> int:
 
 
 def _key(name: str) -> str:
-    """A tensor's name as a key of a ParameterDict, which can't have dots."""
+    """A tensor's name as torch takes it for a parameter's or a buffer's, which can't have dots."""
     return name.replace(".", " ")
