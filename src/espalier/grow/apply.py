@@ -67,12 +67,14 @@ class Weights:
     """A grown model that isn't there yet: its config and layout, and a function that makes any one tensor.
 
     origin  the tensor of the model before all growths that a name stands for, bit for bit; None where it is made
+    kin     a tensor of the model before all growths whose dtype this one gets
     """
 
     config: dict[str, Any]
     layout: Layout
     read: Read
     origin: Callable[[str], str | None]
+    kin: Callable[[str], str]
 
 
 def plan_weights(config: dict[str, Any], growths: Sequence[Growth], read: Read, *, seed: int, std_of: StdOf) -> Weights:
@@ -90,7 +92,7 @@ def plan_weights(config: dict[str, Any], growths: Sequence[Growth], read: Read, 
         layout, read = steps[-1].layout, steps[-1].read
     if growths:
         _require_fit(config, layout)
-    return Weights(config, layout, read, partial(_origin, steps))
+    return Weights(config, layout, read, partial(_origin, steps), partial(_kin, steps))
 
 
 def _origin(steps: Sequence[Grown], name: str) -> str | None:
@@ -98,6 +100,12 @@ def _origin(steps: Sequence[Grown], name: str) -> str | None:
     for step in reversed(steps):
         origin = step.origin(origin) if origin is not None else None
     return origin
+
+
+def _kin(steps: Sequence[Grown], name: str) -> str:
+    for step in reversed(steps):
+        name = step.targets[name].source
+    return name
 
 
 def grown_config(config: dict[str, Any], layout: Layout, growth: Growth) -> dict[str, Any]:
@@ -160,14 +168,35 @@ def grow_folder(
 
     finish  puts what else belongs there into the new folder, and may refuse it
     """
-    layout = discover(parent.config)
-    stored = StoredModel.open(parent, layout)
+    stored = StoredModel.open(parent, discover(parent.config))
     plan = plan_weights(parent.config, growths, stored.read, seed=seed, std_of=std_of)
-    pieces = _pieces(plan, stored)
     stds = [std_of(name, plan.layout.sizes(name)) for name in plan.layout.tensors]
+    identity = [[growth.identity() for growth in growths], stds, seed]
+    in_memory = lambda: grow_model(build.load(parent, dtype="auto"), growths, seed=seed, std_of=std_of)  # noqa: E731
+    write_grown(parent, out, plan, stored, identity, in_memory, finish=finish, tell=tell, shard_bytes=shard_bytes)
+
+
+def write_grown(
+    parent: ModelFolder,
+    out: Path,
+    plan: Weights,
+    stored: StoredModel,
+    identity: list[Any],
+    in_memory: Callable[[], PreTrainedModel],
+    *,
+    finish: Callable[[Path], None],
+    tell: Callable[[str], None],
+    shard_bytes: int,
+) -> None:
+    """Write a planned model, whose tensors are made of `stored`, as the folder `out`; see `grow_folder`.
+
+    identity   all that the weights depend on besides `parent`, as JSON
+    in_memory  makes the same model at once, for families whose files aren't understood
+    """
+    pieces = _pieces(plan, stored)
     names = [piece.name for piece in pieces.planned] if pieces else []
-    key = files.digest([parent.identity(), [growth.identity() for growth in growths], stds, seed, shard_bytes, names])
-    need = stored.weights.bytes * plan.layout.elements // max(layout.elements, 1)
+    key = files.digest([parent.identity(), identity, shard_bytes, names])
+    need = stored.weights.bytes * plan.layout.elements // max(stored.form.layout.elements, 1)
     with files.resumable_folder(out, key, need_bytes=need) as journal:
         if pieces:
             shards.write(journal.folder, pieces.planned, pieces.make, shard_bytes=shard_bytes, done=journal)
@@ -175,29 +204,26 @@ def grow_folder(
             build.copy_tokenizer(parent.path, journal.folder, also=(build.GENERATION,))
         else:
             tell("How transformers loads this family isn't understood: the whole model is held in memory.")
-            model = build.load(parent, dtype="auto")
-            build.save(grow_model(model, growths, seed=seed, std_of=std_of), journal.folder, parent.path)
+            build.save(in_memory(), journal.folder, parent.path)
         finish(journal.folder)
 
 
 def _pieces(plan: Weights, stored: StoredModel) -> Pieces | None:
-    """The tensors of the grown model's files; None if how transformers stores it or the old one isn't understood.
+    """The tensors of the new model's files; None if how transformers stores it or the old one isn't understood.
 
-    What growth leaves alone is copied unread.
+    What stays as it was is copied unread.
     """
     if not stored.sources:
         return None
-
-    def planned(name: str) -> shards.Planned:
-        kind = name if name in stored.sources else stored.form.layout.with_layer(name, 0)
-        return shards.Planned(name, plan.layout.sizes(name), stored.on_meta(kind).dtype)
+    dtypes = {name: stored.on_meta(plan.kin(name)).dtype for name in plan.layout.tensors}
 
     def make(name: str) -> Tensor | list[shards.Stored]:
         origin = plan.origin(name)
         copied = stored.pieces(origin) if origin else None
-        return copied or plan.read(name)
+        return copied or plan.read(name).to(dtypes[name])
 
-    pieces = Pieces(Form.of(plan.config, plan.layout), map(planned, plan.layout.tensors), make)
+    whole = [shards.Planned(name, plan.layout.sizes(name), dtype) for name, dtype in dtypes.items()]
+    pieces = Pieces(Form.of(plan.config, plan.layout), whole, make)
     return pieces if pieces.can_be_read else None
 
 
