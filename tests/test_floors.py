@@ -20,6 +20,8 @@ FLOORS = (
     {"serve", "agents"},
     {"planner", "story"},
     {"pipeline"},
+    {"trials"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 )

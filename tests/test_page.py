@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,9 @@ from espalier import page
 from espalier.page import (
     Alternative,
     Ancestor,
+    ArmRow,
     Curve,
+    Estimate,
     Figure,
     GrowthPoint,
     PlanRow,
@@ -155,6 +158,44 @@ def example_view() -> View:
     )
 
 
+def compared_view() -> View:
+    """Two baselines and ten arms on one budget; the first arm is the best, the last never reaches the baseline."""
+    names = ["large from scratch", "small only", *(f"operator {n}" for n in range(1, 11))]
+    ends = [2.402, 2.498, *(2.35 + 0.006 * n for n in range(10))]
+
+    def curve(n: int) -> Curve:
+        losses = [ends[n] + 0.9 * (1 / share - 1) / 3 for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
+        points = [
+            Point(1e6 * i * (1 + 0.1 * n), 4e14 * i, None, 500.0 * i, 100 * i, loss) for i, loss in enumerate(losses, 1)
+        ]
+        style = "baseline" if n < 2 else "validation"
+        return Curve(names[n], points, style, [(loss - 0.01, loss + 0.02) for loss in losses])
+
+    def row(n: int) -> ArmRow:
+        final, reached = Estimate(ends[n], 0.011, 3), 0 if ends[n] > ends[0] else 3
+        share = Estimate(0.5 + 0.05 * n, 0.03, 3) if reached else None
+        difference = Estimate(ends[n] - ends[0], None if n == 4 else 0.012, 1 if n == 4 else 3) if n else None
+        jump = Estimate(0.1 * n, 0.02, 3) if n > 1 else None
+        return ArmRow(
+            names[n],
+            "baseline" if n < 2 else "arm",
+            3e-3,
+            jump,
+            [None, replace(final, mean=2.6), final],
+            difference,
+            share,
+            2 if n == 5 else reached,
+            share,
+        )
+
+    return replace(
+        bare(),
+        curves=[curve(n) for n in range(12)],
+        comparison=[row(n) for n in range(12)],
+        comparison_shares=[0.25, 0.5, 1.0],
+    )
+
+
 class Reader(HTMLParser):
     """Collects what the tests ask of a page: tags with attributes, text by element, ids."""
 
@@ -198,7 +239,7 @@ def bare() -> View:
 def hostile(value: object) -> object:
     """The same value with every text in it replaced by the hostile one."""
     if isinstance(value, str):
-        return value if value in ("train", "validation", "measured", "estimated") else HOSTILE
+        return value if value in ("train", "validation", "baseline", "arm", "measured", "estimated") else HOSTILE
     if isinstance(value, list):
         return [hostile(item) for item in value]
     if isinstance(value, dict):
@@ -208,12 +249,14 @@ def hostile(value: object) -> object:
     return value
 
 
-def test_equal_views_give_equal_pages():
-    assert render(example_view()) == render(example_view())
+@pytest.mark.parametrize("view", [example_view, compared_view])
+def test_equal_views_give_equal_pages(view):
+    assert render(view()) == render(view())
 
 
-def test_the_page_asks_nothing_of_the_network():
-    html = render(example_view())
+@pytest.mark.parametrize("view", [example_view, compared_view])
+def test_the_page_asks_nothing_of_the_network(view):
+    html = render(view())
     reader = Reader(html)
     assert not [tag for tag, attributes in reader.tags if {"src", "href", "srcset", "action"} & attributes.keys()]
     assert not re.search(r"https?:|url\((?!#)|@import|fetch\(|XMLHttpRequest|WebSocket", html)
@@ -305,6 +348,141 @@ def test_a_run_that_is_compared_with_nothing_has_no_bars_and_no_rectangle():
     assert Reader(html).charts["schedule"]["scratch"] is None
 
 
+def test_hostile_names_of_arms_stay_text():
+    attacked = Reader(render(hostile(compared_view())))  # type: ignore[arg-type]
+    assert Reader(render(compared_view())).scripts[1] == attacked.scripts[1]
+    assert len(attacked.scripts) == 2 and not [tag for tag, _ in attacked.tags if tag == "img"]
+    assert attacked.charts["difference"]["arms"][0]["name"] == HOSTILE
+
+
+def test_a_comparison_is_there_if_and_only_if_it_has_rows():
+    view = compared_view()
+    assert "comparison" in Reader(render(replace(view, curves=[]))).headings
+    without = Reader(render(replace(view, comparison=[])))
+    assert without.headings == {"loss"} and without.charts["difference"] is None
+    alone = Reader(render(replace(view, comparison=[replace(row, difference=None) for row in view.comparison])))
+    assert alone.charts["difference"] is None and "difference-chart" not in {a.get("id") for _, a in alone.tags}
+
+
+def cells(view: View) -> list[list[str]]:
+    """The texts of the comparison's rows."""
+    body = render(view).split('id="comparison"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in body.split("<tr>")[1:]
+    ]
+
+
+def test_the_comparison_writes_estimates_with_intervals_in_the_order_given():
+    view, rows = compared_view(), cells(compared_view())
+    assert [row[0] for row in rows] == [row.name for row in view.comparison]
+    assert rows[0][1:6] == ["0.003", "–", "–", "2.600 (best) ± 0.011", "2.402 ± 0.011"]
+    assert rows[1][6:] == ["+0.096 ± 0.012", "–", "–", "not reached"]
+    assert rows[2][5:] == ["2.350 (best) ± 0.011", "−0.052 (best) ± 0.012", "60% ± 3%", "60% ± 3%", "3 of 3"]
+    assert rows[4][6] == "−0.040"
+    assert rows[5][9] == "2 of 3"
+
+
+def test_what_reads_the_same_as_the_best_is_marked_too_and_nothing_else_is():
+    view = compared_view()
+    first, second, *_, last = view.comparison
+    near = replace(second, losses=[None, None, Estimate(2.4023, 0.01, 3)])
+    rows = cells(replace(view, comparison=[first, near, last]))
+    assert ["(best)" in row[5] for row in rows] == [True, True, False]
+
+
+@given(st.floats(-1, 1))
+def test_a_difference_has_a_sign_and_zero_has_no_minus(value):
+    text = page._signed(value)
+    assert float(text.replace("−", "-")) == pytest.approx(value, abs=5.1e-4)
+    assert text[0] in "+−" and text != "−0.000"
+
+
+def test_the_axis_of_differences_holds_zero_and_every_interval():
+    for rows in (compared_view().comparison, compared_view().comparison[-1:], compared_view().comparison[2:3]):
+        chart = Reader(render(replace(compared_view(), comparison=rows))).charts["difference"]
+        low, high = chart["x"]["low"], chart["x"]["high"]
+        assert low < 0 < high
+        assert all(low < arm["low"] <= arm["mean"] <= arm["high"] < high for arm in chart["arms"])
+
+
+def test_curves_are_told_apart_where_they_are_compared_and_only_there():
+    assert {curve["hue"] for curve in Reader(render(example_view())).charts["loss"]["curves"]} == {""}
+    curves = Reader(render(compared_view())).charts["loss"]["curves"]
+    assert len({curve["hue"] for curve in curves}) == len(curves)
+    assert [curve["hue"].split()[0] for curve in curves if curve["style"] == "baseline"] == ["neutral", "neutral"]
+
+
+@pytest.mark.parametrize("view", [example_view, compared_view])
+def test_every_class_has_its_rule(view):
+    html = render(view())
+    style = html.split("<style>")[1].split("</style>")[0]
+    classes = {name for _, attributes in Reader(html).tags for name in (attributes.get("class") or "").split()}
+    assert {name for name in classes if not re.search(rf"\.{name}\b", style)} <= {"estimated"}  # is not measured
+
+
+def test_each_curve_that_is_compared_has_an_entry_that_keys_reach():
+    entries = [
+        a["data-curve"] for tag, a in Reader(render(compared_view())).tags if tag == "button" and "data-curve" in a
+    ]
+    assert entries == [str(n) for n in range(12)]
+    assert "data-curve=" not in render(example_view()).split("<script")[0]
+
+
+def test_a_band_is_within_the_frame_and_as_long_as_its_curve():
+    view = compared_view()
+    loss = Reader(render(view)).charts["loss"]
+    for curve, drawn in zip(view.curves, loss["curves"], strict=True):
+        assert [tuple(span) for span in drawn["band"]] == curve.band
+        assert loss["y"]["log"]["low"] < min(low for low, _ in curve.band)
+        assert drawn["points"][0]["told"][1] == f"between {curve.band[0][0]:.3f} and {curve.band[0][1]:.3f}"
+    with pytest.raises(ValueError):
+        render(replace(view, curves=[replace(view.curves[0], band=view.curves[0].band[1:])]))
+
+
+def palettes() -> list[list[str]]:
+    """The paper and the hues after it, in the light and the dark."""
+    style = render(bare()).split("<style>")[1].split("</style>")[0]
+    papers, hues = re.findall(r"--paper: (#\w{6});", style), re.findall(r"--hue-\d: (#\w{6});", style)
+    count = len(page.HUES["validation"])
+    return [[papers[0], *hues[:count]], [papers[1], *hues[count:]]]
+
+
+# Linear RGB as seen without one kind of cone (Machado et al. 2009, severity 1), and by most people.
+SIGHTS = {
+    "usual": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+# From linear RGB to cones, and from their cube roots to OKLab, where distance is difference to the eye.
+CONES = ((0.412221, 0.536333, 0.051446), (0.211903, 0.680700, 0.107397), (0.088302, 0.281719, 0.629979))
+OKLAB = ((0.210454, 0.793618, -0.004072), (1.977998, -2.428592, 0.450594), (0.025904, 0.782772, -0.808676))
+
+
+def times(matrix: tuple, vector: list[float]) -> list[float]:
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+def linear(colour: str) -> list[float]:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_every_hue_stands_out_from_the_paper(mode):
+    paper, *hues = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in map(linear, palettes()[mode])]
+    for hue in hues:
+        assert (max(hue, paper) + 0.05) / (min(hue, paper) + 0.05) >= 3
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_hues_differ_to_every_kind_of_colour_vision(mode, sight):
+    seen = [[min(max(c, 0), 1) for c in times(SIGHTS[sight], linear(hue))] for hue in palettes()[mode][1:]]
+    places = [times(OKLAB, [math.cbrt(c) for c in times(CONES, colour)]) for colour in seen]
+    assert min(math.dist(a, b) for i, a in enumerate(places) for b in places[:i]) > 0.09
+
+
 positive = st.floats(1e-9, 1e27)
 
 
@@ -371,16 +549,9 @@ setTimeout(() => {
 </script></body>"""
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
-@pytest.mark.parametrize("width", [500, 1280])
-def test_a_browser_draws_every_axis_with_labels_apart_and_the_page_fits(tmp_path, width):
-    view, train = example_view(), example_view().curves[0].points
-    growth = [
-        GrowthPoint(f"{n} → {n + 1} layers", p.tokens, p.flops, p.usd, p.seconds, p.step, 2.1, 2.2)
-        for n, p in enumerate(train[20::40])
-    ]
-    html = render(replace(view, growth=growth)).replace("</body>", PROBE)
-    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+def title_after(probe: str, view: View, folder: Path, width: int) -> list[str]:
+    """What a script says, through the page's title, when a browser has shown the page."""
+    (folder / "page.html").write_text(render(view).replace("</body>", probe), encoding="utf-8")
     dom = subprocess.run(
         [
             "chromium",
@@ -391,11 +562,11 @@ def test_a_browser_draws_every_axis_with_labels_apart_and_the_page_fits(tmp_path
             "--disable-sync",
             "--disable-background-networking",
             "--disable-component-update",
-            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--user-data-dir={folder / 'profile'}",
             f"--window-size={width},900",
             "--virtual-time-budget=2000",
             "--dump-dom",
-            f"file://{tmp_path / 'page.html'}",
+            f"file://{folder / 'page.html'}",
         ],
         capture_output=True,
         text=True,
@@ -404,6 +575,51 @@ def test_a_browser_draws_every_axis_with_labels_apart_and_the_page_fits(tmp_path
     ).stdout
     title = re.search(r"<title>(.*?)</title>", dom)
     assert title
+    return title[1].split(" | ")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_browser_draws_every_axis_with_labels_apart_and_the_page_fits(tmp_path, width):
+    view, train = example_view(), example_view().curves[0].points
+    growth = [
+        GrowthPoint(f"{n} → {n + 1} layers", p.tokens, p.flops, p.usd, p.seconds, p.step, 2.1, 2.2)
+        for n, p in enumerate(train[20::40])
+    ]
+    said = title_after(PROBE, replace(view, growth=growth), tmp_path, width)
     axes = [f"{name} clear" for name in ("flops", "tokens", "usd", "seconds", "linear", "log")]
     first = f"validation {view.curves[1].points[1].loss:.3f}"  # step 0 has no place on a log axis
-    assert title[1].split(" | ") == [*axes, f"tip {first}", "fits"]
+    assert said == [*axes, f"tip {first}", "fits"]
+
+
+COMPARED_PROBE = """<script>
+const said = [];
+window.addEventListener("error", (event) => said.push("ERROR " + event.message));
+setTimeout(() => {
+  const names = [...document.querySelectorAll("#loss-chart .curve text")], boxes = names.map((node) => node.getBBox());
+  const over = (a, b) => a.y < b.y + b.height - 2 && b.y < a.y + a.height - 2;
+  const touch = boxes.some((a, i) => boxes.some((b, j) => i < j && over(a, b)));
+  said.push(names.length + (touch ? " touch" : " apart"));
+  const lit = () => [...document.querySelectorAll(".lit .on")].map((group) => group.dataset.curve).join();
+  const entry = document.querySelector('[data-curve="3"]');
+  entry.focus();
+  said.push("lit " + lit());
+  entry.blur();
+  said.push("lit " + lit());
+  const chart = document.querySelector("#loss-chart svg");
+  for (const key of ["End", "ArrowDown", "ArrowLeft"]) chart.dispatchEvent(new KeyboardEvent("keydown", { key }));
+  said.push("tip " + document.querySelector("#loss-chart .tip p").textContent, "lit " + lit());
+  said.push(document.querySelectorAll("#difference-chart .dot").length + " differences");
+  said.push(document.documentElement.scrollWidth > innerWidth ? "overflows" : "fits");
+  document.title = said.join(" | ");
+}, 200);
+</script></body>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+@pytest.mark.parametrize(("width", "named"), [(500, 0), (1280, 12)])
+def test_a_browser_names_ends_apart_and_brings_out_the_curve_asked_for(tmp_path, width, named):
+    view = compared_view()
+    tip = f"tip small only {view.curves[1].points[-2].loss:.3f}"
+    expected = [f"{named} apart", "lit 3", "lit ", tip, "lit 1", "11 differences", "fits"]
+    assert title_after(COMPARED_PROBE, view, tmp_path, width) == expected

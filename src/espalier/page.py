@@ -7,6 +7,8 @@ Every number is written here, by `units`; the template's script places marks and
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,8 +30,11 @@ AXES = (
 # Times that a clock shows well, in seconds; beyond them come round numbers of days.
 CLOCK = [unit * n for unit in (1, MINUTE) for n in (1, 2, 5, 10, 15, 30)] + [HOUR * n for n in (1, 2, 3, 6, 12)]
 MOST_TICKS = 7
-# On a linear axis the first drop would flatten all that follows, so this share of the tokens may leave the frame.
-FIRST_DROP = 0.02
+# On a linear axis the first drop would flatten all that follows, so this share of a curve's tokens may leave the frame.
+# Where runs are compared it is their ends that matter.
+FIRST_DROP, COMPARED_DROP = 0.02, 0.25
+# How curves that are compared are told apart, by the template's classes; when they run out they come again, dotted.
+HUES = {"train": [""], "validation": [f"hue-{n}" for n in range(7)], "baseline": ["neutral"]}
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in the order of their steps. Training is drawn thin, validation with dots."""
+    """Points in the order of their steps. Training is drawn thin, validation with dots, a baseline dashed.
+
+    band: the lowest and highest loss at each point, such as the range over seeds; empty where there is none
+    """
 
     name: str
     points: list[Point]
-    style: Literal["train", "validation"]
+    style: Literal["train", "validation", "baseline"]
+    band: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,39 @@ class StageRow:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` seeds and half the width of its 95% interval; None where one seed gives no interval."""
+
+    mean: float
+    half_width: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """A way to the same model, and how it compares on the same budget.
+
+    rate        its peak learning rate
+    jump        loss after growth minus before; None for baselines
+    losses      at the shares of the budget that the view lists; None where nothing was measured
+    difference  final loss minus the better baseline's, paired by seed
+    flops       the share of the better baseline's FLOPs at which its final loss was reached; None if it wasn't
+    reached     how many seeds reached that loss
+    seconds     the share of its wall-clock, likewise
+    """
+
+    name: str
+    kind: Literal["baseline", "arm"]
+    rate: float
+    jump: Estimate | None
+    losses: list[Estimate | None]
+    difference: Estimate | None
+    flops: Estimate | None
+    reached: int
+    seconds: Estimate | None
+
+
+@dataclass(frozen=True)
 class Sample:
     """What the model wrote after a prompt."""
 
@@ -137,9 +179,11 @@ class Ancestor:
 class View:
     """All that the page says; a part that is left empty leaves its section out. All numbers are finite.
 
-    alternatives  this run first, then what it is compared with, such as training the final size from scratch
-    lineage       the oldest first, this model last
-    recipe        the resolved recipe as YAML
+    alternatives       this run first, then what it is compared with, such as training the final size from scratch
+    comparison         ways to the same model, in the order to show; their curves have the same names
+    comparison_shares  the shares of the budget at which their losses were taken, the last 1.0
+    lineage            the oldest first, this model last
+    recipe             the resolved recipe as YAML
     """
 
     title: str
@@ -148,6 +192,8 @@ class View:
     headline: list[Figure] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     growth: list[GrowthPoint] = field(default_factory=list)
+    comparison: list[ArmRow] = field(default_factory=list)
+    comparison_shares: list[float] = field(default_factory=list)
     plan: list[PlanRow] = field(default_factory=list)
     alternatives: list[Alternative] = field(default_factory=list)
     stages: list[StageRow] = field(default_factory=list)
@@ -166,13 +212,15 @@ def save(view: View, path: Path) -> None:
 
 def render(view: View) -> str:
     """The page as HTML; equal views give equal text."""
-    loss, schedule = _loss_chart(view), _schedule_chart(view)
+    loss, schedule, difference = _loss_chart(view), _schedule_chart(view), _difference_chart(view)
     return _template().render(
         view=view,
-        charts={"loss": loss, "schedule": schedule},
+        charts={"loss": loss, "schedule": schedule, "difference": difference},
+        banded=any(curve.band for curve in view.curves),
+        comparison=_comparison(view),
         axes=[axis for axis in AXES if loss and axis[0] in loss["axes"]],
         bars=_bars(view.alternatives),
-        read=[curve for curve in view.curves if curve.style == "validation"] or view.curves,
+        read=[curve for curve in view.curves if curve.style != "train"] or view.curves,
     )
 
 
@@ -187,7 +235,7 @@ def _template() -> jinja2.Template:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters.update(amount=_known(amount), count=count, duration=duration, loss=_known(_loss), si=si)
-    environment.filters.update(ratio=_ratio, result=_result)
+    environment.filters.update(ratio=_ratio, result=_result, share=_share, significant=significant)
     return environment.get_template("page.html")
 
 
@@ -200,12 +248,38 @@ def _loss(nats: float) -> str:
     return f"{nats:.3f}"
 
 
+def _signed(nats: float) -> str:
+    return _minus(f"{round(nats, 3) + 0.0:+.3f}")  # no -0.000
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
 def _ratio(value: float | None, base: float | None) -> str:
     return f"{value / base:,.2f}×" if value is not None and base else "–"
 
 
 def _result(row: Row) -> str:
     return significant(row.value, 4) + (f" ± {significant(row.stderr, 2)}" if row.stderr is not None else "")
+
+
+def _compared(curves: list[Curve]) -> bool:
+    return sum(curve.style != "train" for curve in curves) > 1
+
+
+def _hues(curves: list[Curve]) -> dict[str, str]:
+    """By name, the classes that tell a curve from those it is compared with; none for the curves of a single run."""
+    hues, seen = {}, Counter[str]()
+    for curve in curves:
+        again, place = divmod(seen[curve.style], len(HUES[curve.style]))
+        hues[curve.name] = HUES[curve.style][place] + (" dotted" if again % 2 else "")
+        seen[curve.style] += 1
+    return hues if _compared(curves) else dict.fromkeys(hues, "")
 
 
 def _loss_chart(view: View) -> dict[str, Any] | None:
@@ -221,20 +295,114 @@ def _loss_chart(view: View) -> dict[str, Any] | None:
     if not points or not axes:
         return None
     around = [loss for point in view.growth for loss in (point.loss_before, point.loss_after)]
-    dropped = FIRST_DROP * max(point.tokens for point in points)
-    settled = [point.loss for point in points if point.tokens >= dropped]
+    compared, hues = _compared(view.curves), _hues(view.curves)
+    drop = COMPARED_DROP if compared else FIRST_DROP
+    settled = [loss for curve in view.curves for loss in _losses(curve, drop)]
+    everything = [loss for curve in view.curves for loss in _losses(curve, 0.0)]
     return {
+        "compared": compared,
         "axes": axes,
         "y": {
             "linear": _loss_axis(settled + around),
-            "log": _loss_axis([point.loss for point in points] + around),
+            "log": _loss_axis(everything + around),
         },
         "curves": [
-            {"name": curve.name, "style": curve.style, "points": [_told(p, curve.name) for p in curve.points]}
+            {
+                "name": curve.name,
+                "style": curve.style,
+                "hue": hues[curve.name],
+                "band": curve.band,
+                "points": _told_points(curve),
+            }
             for curve in view.curves
         ],
         "growth": [_told_growth(point) for point in view.growth],
     }
+
+
+def _losses(curve: Curve, drop: float) -> list[float]:
+    """The losses of a curve and its band, without those of the first share `drop` of its tokens."""
+    start = drop * max((point.tokens for point in curve.points), default=0.0)
+    spans: Sequence[tuple[float, ...]] = curve.band or [()] * len(curve.points)
+    pairs = zip(curve.points, spans, strict=True)
+    return [loss for point, span in pairs if point.tokens >= start for loss in (point.loss, *span)]
+
+
+def _comparison(view: View) -> dict[str, Any] | None:
+    """The table of arms: its shares, and a row an arm of written cells; lower is better in every column."""
+    rows = view.comparison
+    if not rows:
+        return None
+    losses = zip(*(row.losses for row in rows), strict=True)
+    columns = [
+        _column([row.jump for row in rows], _signed),
+        *(_column(list(at), _loss) for _, at in zip(view.comparison_shares, losses, strict=True)),
+        _column([row.difference for row in rows], _signed),
+        _column([row.flops for row in rows], _share),
+        _column([row.seconds for row in rows], _share),
+    ]
+    seeds = [max((loss.n for loss in row.losses if loss), default=row.reached) for row in rows]
+    hues = _hues(view.curves)
+    return {
+        "shares": [_share(share) for share in view.comparison_shares],
+        "rows": [
+            {
+                "arm": row,
+                "style": "baseline" if row.kind == "baseline" else "validation",
+                "hue": hues.get(row.name, ""),
+                "cells": list(cells),
+                "reached": f"{row.reached} of {n}" if row.reached else "not reached",
+            }
+            for row, cells, n in zip(rows, zip(*columns, strict=True), seeds, strict=True)
+        ],
+    }
+
+
+def _column(estimates: list[Estimate | None], write: Callable[[float], str]) -> list[dict[str, Any] | None]:
+    """Written estimates; the lowest, and any that reads the same, are marked best."""
+    known = [estimate.mean for estimate in estimates if estimate]
+    best = write(min(known)) if known else ""
+    cells = []
+    for estimate in estimates:
+        mean = write(estimate.mean) if estimate else ""
+        cells.append({"mean": mean, "spread": _spread(estimate, write), "best": mean == best} if estimate else None)
+    return cells
+
+
+def _spread(estimate: Estimate, write: Callable[[float], str]) -> str:
+    return "" if estimate.half_width is None else f" ± {write(estimate.half_width).removeprefix('+')}"
+
+
+def _difference_chart(view: View) -> dict[str, Any] | None:
+    """The differences in final loss, a dot and its interval an arm, around zero: the better baseline."""
+    arms = [(row.name, row.difference) for row in view.comparison if row.difference]
+    if not arms:
+        return None
+    hues = _hues(view.curves)
+    spans = [
+        (estimate.mean - half, estimate.mean + half) for _, estimate in arms for half in [estimate.half_width or 0]
+    ]
+    low, high = min(0.0, *(low for low, _ in spans)), max(0.0, *(high for _, high in spans))
+    room = 0.002 + 0.05 * (high - low)
+    axis = _linear(low - room, high + room, "")
+    return {
+        "x": {**axis, "ticks": [(at, _minus(text)) for at, text in axis["ticks"]]},
+        "arms": [
+            {
+                "name": name,
+                "hue": hues.get(name, ""),
+                "mean": estimate.mean,
+                "low": low,
+                "high": high,
+                "told": [name, _signed(estimate.mean) + _spread(estimate, _signed), _seeds(estimate.n)],
+            }
+            for (name, estimate), (low, high) in zip(arms, spans, strict=True)
+        ],
+    }
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed" + ("s" if n > 1 else "")
 
 
 def _schedule_chart(view: View) -> dict[str, Any] | None:
@@ -286,8 +454,12 @@ def _bars(alternatives: list[Alternative]) -> list[dict[str, Any]]:
     return groups
 
 
-def _told(point: Point, name: str) -> dict[str, Any]:
-    return {**asdict(point), "told": [f"{name} {_loss(point.loss)}", *_spent(point)]}
+def _told_points(curve: Curve) -> list[dict[str, Any]]:
+    ranges = [[f"between {_loss(low)} and {_loss(high)}"] for low, high in curve.band] or [[]] * len(curve.points)
+    return [
+        {**asdict(point), "told": [f"{curve.name} {_loss(point.loss)}", *span, *_spent(point)]}
+        for point, span in zip(curve.points, ranges, strict=True)
+    ]
 
 
 def _told_growth(point: GrowthPoint) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Tiny models of every family, with no weight at a value that would hide an error."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from espalier.data.stream import Batch
 from espalier.grow.apply import grow_model
 from espalier.model.build import build
 from espalier.model.growth import Growth
@@ -91,3 +93,15 @@ def grow():
 def input_ids() -> torch.Tensor:
     """Three sequences in which every token occurs."""
     return torch.randint(0, 40, (3, 30), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def batch_of():
+    """Batch number n: eight rows of tokens that follow a rule, so that there is something to learn."""
+
+    def batch_of(number: int) -> Batch:
+        generator = np.random.default_rng(number)
+        rows = (generator.integers(0, 8, (8, 1)) + np.arange(17) * 3) % 40
+        return Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), None)
+
+    return batch_of

@@ -112,7 +112,7 @@ def model(request):
 @pytest.mark.parametrize("operator", GROWTHS)
 def test_a_growth_is_exact_where_it_says_so_and_leaves_nothing_dead(model, operator):
     shape = discover(model.config.to_dict()).shape
-    growth = operators.OPERATORS[operator](shape, shape.changed(**GROWTHS[operator](shape)))
+    growth = (operators.DEPTH | operators.WIDTH)[operator](shape, shape.changed(**GROWTHS[operator](shape)))
     std_of = Parametrization(kind="standard").std_of(growth.after)
     grown = grow_model(model, [growth], seed=1, std_of=std_of)
     grown.set_attn_implementation("eager")

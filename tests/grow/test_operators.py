@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from espalier.errors import ModelError
-from espalier.grow.operators import OPERATORS, WIDTH, plan_growth
+from espalier.grow.operators import DEPTH, WIDTH, plan_growth
 
 
 def test_width_comes_before_depth_and_leads_to_the_stated_shape(spec):
@@ -52,8 +52,11 @@ def test_a_stage_that_shrinks_is_refused_by_name(key, spec):
 def test_every_operator_is_a_value_that_can_be_written_down(spec):
     import json
 
-    for name, build in OPERATORS.items():
-        size, target = ("hidden_size", 48) if name in WIDTH else ("num_hidden_layers", 6)
+    wide, deep = ("hidden_size", 48), ("num_hidden_layers", 6)
+    for name, build, size, target in [
+        *((name, build, *wide) for name, build in WIDTH.items()),
+        *((name, build, *deep) for name, build in DEPTH.items()),
+    ]:
         record = build(spec, spec.changed(**{size: target})).record()
         assert json.loads(json.dumps(record)) == record
         assert record["operator"] == name and record["changed"][size] == [getattr(spec, size), target]

@@ -19,10 +19,12 @@ from espalier.run import METRICS, Run, read_lines
 from espalier.train import checkpoint, loop
 from espalier.train.device import Device
 from espalier.train.objectives import NextToken
+from espalier.train.optim import UNMASKED, Optimizer
 from espalier.train.validate import validate
 
 VOCABULARY = 300
 TOKENS = 64  # of an update
+MASKED = {"depth": "masked", "width": "masked", "ramp": 0.5}
 SMALL, LARGE = {"num_hidden_layers": 1, "hidden_size": 32}, {"num_hidden_layers": 2, "hidden_size": 48}
 
 
@@ -84,8 +86,9 @@ def carry_out(make_run, setting_of):
         {"num_hidden_layers": 3, "hidden_size": 32, "depth": "identity"},
         {"num_hidden_layers": 1, "hidden_size": 64},
         {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 160, "depth": "identity"},
+        {"num_hidden_layers": 3, "hidden_size": 48, "depth": "masked", "width": "masked"},
     ],
-    ids=["deeper", "wider", "both"],
+    ids=["deeper", "wider", "both", "masked"],
 )
 def test_an_exact_growth_keeps_the_held_out_loss(carry_out, make_run, family, after):
     run = make_run()
@@ -110,6 +113,85 @@ def test_stacking_changes_the_depth_and_says_what_it_did_to_the_loss(carry_out, 
     assert growth["growth"][0]["operator"] == "stack" and not growth["growth"][0]["exact"]
     assert growth["relative_difference"] > 1e-4
     assert np.isfinite(growth["loss_after"])
+
+
+def test_masks_rise_to_the_weights_that_are_trained(carry_out, make_run, monkeypatch):
+    levels = []
+    original = Optimizer.set_level
+    monkeypatch.setattr(Optimizer, "set_level", lambda self, level: levels.append(level) or original(self, level))
+    run = make_run()
+    outcome = carry_out(recipe_of(SMALL, LARGE | MASKED, steps=8), run)
+    assert levels[8:] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert outcome.state.optimizer.masks is None
+    assert not any(UNMASKED in quantities for quantities in outcome.state.optimizer.state().values())
+    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    assert [step["operator"] for step in growth["growth"]] == ["masked", "masked"]
+    new_channels = outcome.state.model.get_input_embeddings().weight[:, 32:]
+    assert new_channels.std().item() == pytest.approx(1.0, abs=0.1), (
+        "drawn with the embedding's deviation, not grown from 0"
+    )
+
+
+def test_a_run_that_ends_inside_a_ramp_leaves_the_masked_model(carry_out, make_run, stop_after, reopened):
+    from espalier.folder import ModelFolder
+    from espalier.model.build import load
+
+    run = make_run()
+    stop_after(run, 7)
+    stopped = carry_out(recipe_of(SMALL, LARGE | MASKED), run).state
+    saved = load(ModelFolder(checkpoint.newest(run.folder, print))).state_dict()
+    shown = stopped.model.state_dict()
+    assert all(torch.equal(value, shown[name]) for name, value in saved.items())
+    unmasked = stopped.optimizer.masks.unmasked["model.embed_tokens.weight"]
+    torch.testing.assert_close(shown["model.embed_tokens.weight"][:, 32:], unmasked[:, 32:] / 3)
+
+
+LEARNED = {"depth": "learned", "width": "learned", "fit": 0.5}
+
+
+def test_learned_maps_take_the_first_steps_of_their_stage(carry_out, make_run, stream, monkeypatch):
+    asked = []
+    original = type(stream).batch
+    monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
+    run, recipe = make_run(), recipe_of(SMALL, LARGE | LEARNED)
+    outcome = carry_out(recipe, run)
+    assert asked == [(4 * step, 4) for step in range(12)]
+    assert outcome.state.progress.step == 12
+    spent = run.ledger.spent(kind="train", stage=1)
+    assert spent.tokens == 6 * TOKENS and spent.flops > plan_of(recipe).stages[1].cost.flops, "the maps cost as well"
+    assert outcome.state.progress.flops == pytest.approx(run.ledger.spent(kind="train").flops)
+    lines = list(read_lines(run.folder / METRICS))
+    assert [line["step"] for line in lines if "growth" in line] == [9]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 10, 11, 12]
+
+
+def test_a_signal_while_maps_are_trained_keeps_the_model_before(carry_out, make_run, reopened, monkeypatch):
+    from espalier.grow import learned
+
+    recipe = recipe_of(SMALL, LARGE | LEARNED)
+    whole, run = carry_out(recipe), make_run()
+    original = learned.fit
+
+    def fit(*args):
+        *others, after_update = args
+        return original(*others, lambda done, loss: after_update(done, loss) and signalled(done))
+
+    def signalled(done):
+        run.stop_signal = signal.SIGTERM if done == 2 else None
+        return done < 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learned, "fit", fit)
+        stopped = carry_out(recipe, run)
+    assert (stopped.ending, stopped.state.progress.step, stopped.state.progress.stage) == ("signal", 6, 0)
+    resumed = carry_out(recipe, reopened(run))
+    expected = whole.state.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
+
+
+def test_moments_are_not_carried_through_learned_maps(carry_out):
+    with pytest.raises(ModelError, match=r"stage 2: optimizer_state: .* learned"):
+        recipe_of(SMALL, LARGE | LEARNED | {"optimizer_state": "carried"}).path(VOCABULARY)
 
 
 def test_each_stage_has_its_share_of_the_rate(carry_out, make_run):
@@ -175,10 +257,11 @@ def reopened(make_run, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 7, 11])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("growth", [{"depth": "identity"}, MASKED], ids=["padded", "masked"])
 def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bits(
-    carry_out, make_run, reopened, stop_after, step, optimizer, told
+    carry_out, make_run, reopened, stop_after, step, optimizer, growth, told
 ):
-    recipe = recipe_of(SMALL, LARGE | {"depth": "identity"}, optimizer={"name": optimizer})
+    recipe = recipe_of(SMALL, LARGE | growth, optimizer={"name": optimizer})
     whole = carry_out(recipe)
     run = make_run()
     stop_after(run, step)

@@ -132,6 +132,22 @@ def test_a_width_that_its_heads_do_not_follow_is_refused(tmp_path):
         carry_out("grow.zero_pad", model=tmp_path / "small", out=tmp_path / "large", hidden_size=48)
 
 
+def test_maps_are_learned_from_text_that_the_model_s_own_tokenizer_reads(finished, corpus, tmp_path):
+    told: list[str] = []
+    parent = finished / "final"
+    depth = ModelFolder.open(parent).config["num_hidden_layers"]
+    data = {"data.sources": f"[{corpus}]", "data.sequence_length": 16, "data.held_out": 0.1}
+    sizes = {"num_hidden_layers": depth + 1, "intermediate_size": 512}
+    more = {"batch_tokens": 128, "updates": 3, **sizes, **data}
+    folder = carry_out("grow.learned", told, model=parent, out=tmp_path / "large", **more)
+    model = AutoModelForCausalLM.from_pretrained(folder.path)
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (depth + 1, 512)
+    assert folder.made["method"] == "grow.learned+learned" and not folder.made["growth"][0]["exact"]
+    assert any(line.startswith("update 3 of 3: loss ") for line in told)
+    again = carry_out("grow.learned", model=parent, out=tmp_path / "again", **more)
+    assert again.fingerprint() == folder.fingerprint()
+
+
 def test_check_compares_two_folders(parent, tmp_path):
     folder = carry_out("grow.zero_pad", model=parent, out=tmp_path / "large", hidden_size=40)
     told: list[str] = []

@@ -5,6 +5,7 @@ All other sizes must agree; a growth in width and depth is two growths, one afte
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from espalier.errors import ModelError
@@ -86,6 +87,23 @@ def identity(before: Shape, after: Shape, place: Place = "after") -> Growth:
         added = _repeats(source)
     layers = LayerMap(source, added)
     return Growth("identity", before, after, exact=True, layers=layers, silent=frozenset({"writes_residual"}))
+
+
+def masked(before: Shape, after: Shape) -> Growth:
+    """Stack copies behind masks, which are raised from 0 to 1 over the first updates (masked structural growth, MSG,
+    arXiv 2305.02869). Function-preserving.
+
+    At 0 new layers pass the residual stream on as in `identity`, at 1 they are those of `stack`.
+    """
+    stacked = identity(before, after, "top")
+    return dataclasses.replace(stacked, operator="masked", masked=frozenset({"writes_residual"}))
+
+
+def learned(before: Shape, after: Shape) -> Growth:
+    """Mix layers by weights that are trained, beginning with the copies of `stack` (LiGO, arXiv 2303.00980). See
+    `grow.learned`. Not function-preserving.
+    """
+    return dataclasses.replace(stack(before, after), operator="learned", learned=True)
 
 
 def _repeats(source: tuple[int, ...]) -> frozenset[int]:

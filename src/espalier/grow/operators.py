@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
+from espalier.errors import ModelError
 from espalier.grow import depth, width
 from espalier.model.growth import Growth, Shape
 
 Operator = Callable[[Shape, Shape], Growth]
-DepthOperator = Literal["stack", "stack_top", "stack_middle", "gradual", "overlap", "interpolate", "identity"]
-WidthOperator = Literal["zero_pad", "fpi", "fpi_shares", "aki"]
+# Those that are nothing but maps, and can be applied to a folder; the others need training to be what they are.
+DepthMap = Literal["stack", "stack_top", "stack_middle", "gradual", "overlap", "interpolate", "identity"]
+WidthMap = Literal["zero_pad", "fpi", "fpi_shares", "aki"]
+DepthOperator = Literal[DepthMap, "masked", "learned"]
+WidthOperator = Literal[WidthMap, "masked", "learned"]
 
 DEPTH: dict[str, Operator] = {
     "stack": depth.stack,
@@ -21,14 +25,17 @@ DEPTH: dict[str, Operator] = {
     "overlap": depth.overlap,
     "interpolate": depth.interpolate,
     "identity": depth.identity,
+    "masked": depth.masked,
+    "learned": depth.learned,
 }
 WIDTH: dict[str, Operator] = {
     "zero_pad": width.zero_pad,
     "fpi": width.fpi,
     "fpi_shares": width.fpi_shares,
     "aki": width.aki,
+    "masked": width.masked,
+    "learned": width.learned,
 }
-OPERATORS = DEPTH | WIDTH
 
 
 def plan_growth(
@@ -47,3 +54,17 @@ def plan_growth(
     if after.num_hidden_layers != before.num_hidden_layers:
         growths.append(DEPTH[depth](wide, wide.changed(num_hidden_layers=after.num_hidden_layers)))
     return growths
+
+
+def learns(growths: Sequence[Growth]) -> bool:
+    """Whether the maps of these growths are to be trained; refuses those of which only some are."""
+    learned = [growth.operator for growth in growths if growth.learned]
+    if learned and len(learned) < len(growths):
+        others = ", ".join(growth.operator for growth in growths if not growth.learned)
+        raise ModelError(
+            "width, depth",
+            found=f"learned together with {others}",
+            expected="both learned: their maps are trained together",
+            mend="State width: learned and depth: learned, or grow in two stages.",
+        )
+    return bool(learned)

@@ -6,7 +6,7 @@ model grows by the operators that the later stage names, its optimizer state wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +22,7 @@ from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
 from espalier.spec import Family, ModelSpec
-from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, TrainRecipe
+from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, Stretch, TrainRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,14 +67,19 @@ class ModelRecipe(ShapeRecipe):
 class StageRecipe(ShapeRecipe):
     """One stage: its shape, how long it lasts, and how the model before it grows into it.
 
-    optimizer_state  what becomes of the moments: carried with the weights, or fresh, as G_stack's paper has it
-    rate             the stage's share of the schedule's learning rate, as FLM lowered it from stage to stage
+    optimizer_state  what becomes of the moments: carried with the weights, or fresh, as G_stack's paper has it; if not
+                     stated they are carried wherever they can be, which is not after `learned` maps
+    fit              the share of the stage's steps that train the maps, where an operator is `learned`
+    ramp             the share of the stage's steps over which masks are raised, where an operator is `masked`
+    rate             the stage's factor on the schedule's learning rate, as FLM lowered it from stage to stage
     """
 
     duration: DurationText
     depth: DepthOperator = "stack"
     width: WidthOperator = "zero_pad"
-    optimizer_state: Literal["carried", "fresh"] = "carried"
+    optimizer_state: Literal["carried", "fresh"] | None = None
+    fit: float = Field(default=0.1, gt=0, lt=1)
+    ramp: float = Field(default=0.25, gt=0, le=1)
     rate: float = Field(default=1.0, gt=0)
 
 
@@ -117,7 +122,15 @@ class GrownStage:
 
 def _growths(before: ModelSpec, after: ModelSpec, stage: StageRecipe, number: int) -> tuple[Growth, ...]:
     try:
-        return tuple(operators.plan_growth(before, after, depth=stage.depth, width=stage.width))
+        growths = tuple(operators.plan_growth(before, after, depth=stage.depth, width=stage.width))
+        if operators.learns(growths) and stage.optimizer_state == "carried":
+            raise ModelError(
+                "optimizer_state",
+                found="carried, through maps that are learned",
+                expected="fresh: moments aren't linear in the weights",
+                mend="Leave optimizer_state out, or use another operator.",
+            )
+        return growths
     except ModelError as error:
         where = f"stage {number}: {error.where}"
         raise ModelError(where, found=error.found, expected=error.expected, mend=error.mend) from None
@@ -184,7 +197,11 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
             validate = validates[number]
             if number > state.progress.stage:
                 save.now(state)  # a growth that fails or is broken off begins again from here
-                state = _grow(recipe, plan, setting, state, number, validates[number - 1], validate)
+                grown = _grow(recipe, plan, setting, state, number, validates[number - 1], validate)
+                if grown is None:
+                    ending = "budget" if run.stop_signal is None else "signal"
+                    break
+                state = grown
             meter.expect(stage.cost * (1 / stage.steps))
             segment = Segment(
                 until_step=stage.last_step,
@@ -192,6 +209,7 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
                 micro_rows=recipe.train.per_device_train_batch_size,
                 flops_per_token=stage.flops_per_token,
                 factor=_factor(recipe, plan, number),
+                level=_level(recipe, plan, number),
             )
             ending = train(
                 state, setting.train_stream, segment, setting.objective, device, meter, (log, validate, save, bar)
@@ -207,14 +225,22 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
 def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
     """The rate's factor at a step of stage `number`, taken at the middle of the step."""
     stage, total = plan.stages[number], plan.total.flops
-    per_step = stage.cost.flops / stage.steps / total
-    before = sum(earlier.cost.flops for earlier in plan.stages[:number]) / total
+    begin = sum(earlier.cost.flops for earlier in plan.stages[:number]) / total
+    share = stage.cost.flops / total
+    rates = [later.rate for later in recipe.stages[number : number + 2]]
+    stretch = Stretch(begin, begin + share, *rates)
 
     def factor(step: int) -> float:
-        since = (step - stage.first_step + 0.5) * per_step
-        return recipe.stages[number].rate * recipe.schedule.factor(before + since, since if number else None)
+        return recipe.schedule.factor(begin + (step - stage.first_step + 0.5) / stage.steps * share, stretch)
 
     return factor
+
+
+def _level(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
+    """The level of masks at a step of stage `number`: the first one raises them, the last of the ramp to 1."""
+    stage = plan.stages[number]
+    ramp = max(recipe.stages[number].ramp * stage.steps, 1.0)
+    return lambda step: min((step - stage.first_step + 1) / ramp, 1.0)
 
 
 def _require_reserve(plan: Plan, setting: Setting) -> None:
@@ -239,7 +265,7 @@ def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
     eos_id = setting.train_stream.eos_id
     model = build.build(spec, recipe.parametrization, seed=recipe.seed, eos_token_id=eos_id)
     setting.run.rewind_metrics(0, stage=0)
-    return _state(recipe, setting, spec, model, Progress(), {})
+    return _state(recipe, plan, setting, model, Progress(), {})
 
 
 def _resume(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State | None:
@@ -251,23 +277,32 @@ def _resume(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State | None:
     model, moments, progress = checkpoint.load(path)
     setting.run.rewind_metrics(progress.step, stage=progress.stage)
     setting.run.tell(f"Resumed at step {progress.step} from {path}, verified.")
-    return _state(recipe, setting, plan.stages[progress.stage].spec, model, progress, moments)
+    return _state(recipe, plan, setting, model, progress, moments)
 
 
 def _state(
     recipe: GrowthRecipe,
+    plan: Plan,
     setting: Setting,
-    spec: ModelSpec,
     model: PreTrainedModel,
     progress: Progress,
     moments: dict[str, dict[str, Tensor]],
 ) -> State:
+    """The state of a run that is in stage `progress.stage`; masks are put on where `moments` has unmasked weights."""
+    from espalier.grow import masked
+    from espalier.model import axes
     from espalier.train.loop import State
-    from espalier.train.optim import Optimizer
+    from espalier.train.optim import UNMASKED, Optimizer
 
+    number = progress.stage
+    spec = plan.stages[number].spec
     setting.device.place(model)
     optimizer = Optimizer(model, spec, recipe.optimizer, recipe.parametrization)
     optimizer.load_state(moments)
+    if unmasked := {name: quantities[UNMASKED] for name, quantities in moments.items() if UNMASKED in quantities}:
+        layout = axes.discover(plan.stages[number - 1].spec.to_config())
+        growths = recipe.path(spec.vocab_size)[number].growths
+        optimizer.mask(masked.slots(growths, layout), unmasked)
     return State(spec, model, optimizer, progress)
 
 
@@ -288,18 +323,30 @@ def _save(recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State) -> N
 
 def _grow(
     recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State, number: int, before: Validate, after: Validate
-) -> State:
-    """Grow into stage `number`; refuse, and keep the model as it was, when an exact operator wasn't."""
-    from espalier.grow import apply, preserve
+) -> State | None:
+    """Grow into stage `number`; refuse, and keep the model as it was, when an exact operator wasn't.
+
+    None, and the model as it was, if a signal or the budget ended the training of learned maps.
+    """
+    from espalier.grow import apply, masked, preserve
     from espalier.model import axes
     from espalier.train.moments import spending
+    from espalier.train.optim import UNMASKED
 
     run, spec = setting.run, plan.stages[number].spec
     growths = recipe.path(spec.vocab_size)[number].growths
     before_loss = before.now(state)
     setting.device.release(state.model)
     std_of = recipe.parametrization.std_of(spec)
+    layout = axes.discover(state.model.config.to_dict())
     model = apply.grow_model(state.model, growths, seed=recipe.seed + number, std_of=std_of)
+    progress = replace(state.progress, stage=number)
+    learns = operators.learns(growths)
+    if learns:
+        fitted = _fit(recipe, plan, setting, state.model, model, growths, progress)
+        if fitted is None:
+            return None
+        progress = fitted
     batch = setting.train_stream.take(setting.train_stream.order(0, 1))
     kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
     if all(growth.exact for growth in growths) and kept.relative_difference > preserve.EXACT:
@@ -309,11 +356,14 @@ def _grow(
             expected=f"at most {preserve.EXACT:.0e}, as {', '.join(g.operator for g in growths)} promises",
             mend="The checkpoint before the growth is intact; use depth: stack, and report this shape.",
         )
-    layout = axes.discover(state.model.config.to_dict())
-    carried = recipe.stages[number].optimizer_state == "carried"
-    moments = apply.grow_moments(state.optimizer.state(), growths, layout) if carried else {}
-    progress = replace(state.progress, stage=number)
-    grown = _state(recipe, setting, spec, model, progress, moments)
+    unmasked = [growth.unmasked() for growth in growths]
+    carried = recipe.stages[number].optimizer_state != "fresh" and not learns
+    moments = apply.grow_moments(state.optimizer.state(), unmasked, layout) if carried else {}
+    if slots := masked.slots(growths, layout).names:
+        trained = apply.grow_model(state.model, unmasked, seed=recipe.seed + number, std_of=std_of).state_dict()
+        for name in slots:
+            moments.setdefault(name, {})[UNMASKED] = trained[name]
+    grown = _state(recipe, plan, setting, model, progress, moments)
     run.charge("grow", stage=number, step=progress.step)
     after_loss = after.now(grown)
     run.log_metrics(
@@ -332,3 +382,46 @@ def _grow(
         f"held-out loss {before_loss.loss:.3f} -> {after_loss.loss:.3f}"
     )
     return grown
+
+
+def _fit(
+    recipe: GrowthRecipe,
+    plan: Plan,
+    setting: Setting,
+    old: PreTrainedModel,
+    model: PreTrainedModel,
+    growths: Sequence[Growth],
+    progress: Progress,
+) -> Progress | None:
+    """Train the maps of `growths` and put the weights that they make of `old` into `model`: the first steps of stage
+    `progress.stage`. The progress after them; None if they were broken off.
+    """
+    from espalier.grow import learned
+    from espalier.model import axes
+
+    run, stage, number = setting.run, plan.stages[progress.stage], progress.stage
+    weights = old.state_dict()
+    maps = learned.Maps(growths, axes.discover(old.config.to_dict()), weights.__getitem__)
+    tokens = stage.rows * setting.train_stream.sequence_length
+    # A third of training is the forward pass, and so it is for the maps.
+    flops = tokens * stage.flops_per_token + 3 * maps.flops
+    updates = max(round(recipe.stages[number].fit * stage.steps), 1)
+
+    def after(done: int) -> Progress:
+        more = {"step": done, "samples": done * stage.rows, "tokens": done * tokens, "flops": done * flops}
+        return replace(progress, **{key: getattr(progress, key) + amount for key, amount in more.items()})
+
+    def count(done: int, loss: float) -> bool:
+        run.charge("train", tokens=tokens, flops=flops, stage=number, step=after(done).step)
+        return run.stop_signal is None and run.affords(setting.reserve + stage.cost * (1 / stage.steps))
+
+    whole = learned.fit(
+        model,
+        maps,
+        lambda update: setting.train_stream.batch(after(update).samples, stage.rows),
+        learned.Fit(updates, recipe.train.per_device_train_batch_size),
+        setting.objective,
+        setting.device,
+        count,
+    )
+    return after(updates) if whole else None

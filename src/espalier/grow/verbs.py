@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 
 from espalier import files
 from espalier.card import GROWN, model_card
+from espalier.data.prepare import DataRecipe
 from espalier.errors import RecipeError
 from espalier.folder import ModelFolder
 from espalier.grow import depth, operators, width
 from espalier.grow.depth import Block, Place
-from espalier.grow.operators import DepthOperator, WidthOperator
+from espalier.grow.operators import DepthMap, WidthMap
 from espalier.method import method
 from espalier.model.growth import Growth, Shape
 from espalier.model.mup import Parametrization
@@ -97,16 +98,31 @@ class FpiRecipe(WidthRecipe):
     noise: float = Field(default=0.0, ge=0, lt=1)
 
 
-class ReachRecipe(WidthRecipe):
-    """Width and depth in one step, by any two operators; AKI-Pro is width=aki depth=interpolate."""
+class SizesRecipe(WidthRecipe):
+    """The sizes to reach in width and depth."""
 
     num_hidden_layers: int | None = None
-    depth: DepthOperator = "stack"
-    width: WidthOperator = "zero_pad"
 
-    def reach(self, shape: Shape) -> Shape:
-        layers = {} if self.num_hidden_layers is None else {"num_hidden_layers": self.num_hidden_layers}
-        return self._carried(_changed(shape, self._sizes() | layers))
+    def _sizes(self) -> dict[str, int]:
+        return super()._sizes() | (
+            {} if self.num_hidden_layers is None else {"num_hidden_layers": self.num_hidden_layers}
+        )
+
+
+class ReachRecipe(SizesRecipe):
+    """Width and depth in one step, by any two operators; AKI-Pro is width=aki depth=interpolate."""
+
+    depth: DepthMap = "stack"
+    width: WidthMap = "zero_pad"
+
+
+class LearnedRecipe(SizesRecipe):
+    """What the maps are trained on, and for how long; the text is read with the model's own tokenizer."""
+
+    data: DataRecipe = DataRecipe()
+    updates: int = Field(default=100, ge=1)
+    batch_tokens: int = Field(default=8192, gt=0)
+    per_device_train_batch_size: int = Field(default=8, gt=0)
 
 
 def _changed(before: Shape, sizes: dict[str, int]) -> Shape:
@@ -180,6 +196,63 @@ def grow_reach(recipe: ReachRecipe, run: Run) -> ModelFolder:
     """Grow width and depth in one step, by any two operators (AKI-Pro: width=aki depth=interpolate)."""
     plan = lambda before, after: operators.plan_growth(before, after, depth=recipe.depth, width=recipe.width)  # noqa: E731
     return _grow(recipe, run, plan)
+
+
+@method(paper="arXiv 2303.00980", needs="a model folder, and text", costs="some updates of the larger model")
+def grow_learned(recipe: LearnedRecipe, run: Run) -> ModelFolder:
+    """Mix old channels, neurons, heads and layers by maps that are trained first (LiGO)."""
+    from espalier.budget import hardware
+    from espalier.data import tokenizer
+    from espalier.data.prepare import corpus
+    from espalier.data.stream import Stream
+    from espalier.grow import apply, learned
+    from espalier.model import build
+    from espalier.model.axes import discover
+    from espalier.train.device import Device
+    from espalier.train.objectives import NextToken
+
+    parent = ModelFolder.open(recipe.model)
+    layout = discover(parent.config)
+    growths = operators.plan_growth(layout.shape, recipe.reach(layout.shape), depth="learned", width="learned")
+    run.tell(_promise(growths))
+    row = hardware.here(home=files.home())
+    device = Device(kind=row.kind, threads=hardware.free_cores())
+    device.prepare()
+    text = corpus(recipe.data.model_copy(update={"tokenizer": str(recipe.model)}), home=files.home(), tell=run.tell)
+    run.charge("data")
+    stream = Stream(
+        text.train,
+        sequence_length=recipe.data.sequence_length,
+        seed=recipe.seed,
+        attend=recipe.data.attend,
+        eos_id=tokenizer.eos_id(text.tokenizer),
+    )
+    rows = max(recipe.batch_tokens // recipe.data.sequence_length, 1)
+    old = build.load(parent, dtype="auto")
+    after = growths[-1].after
+    model = apply.grow_model(old, growths, seed=recipe.seed, std_of=recipe.parametrization.std_of(after))
+    model.to(device.kind)
+    tell_every = max(recipe.updates // 10, 1)
+
+    def told(done: int, loss: float) -> bool:
+        run.charge("train", tokens=rows * recipe.data.sequence_length, step=done)
+        if done % tell_every == 0:
+            run.tell(f"update {done} of {recipe.updates}: loss {loss:.3f}")
+        return True
+
+    learned.fit(
+        model,
+        learned.Maps(growths, layout, old.state_dict().__getitem__),
+        lambda number: stream.batch(number * rows, rows),
+        learned.Fit(recipe.updates, min(recipe.per_device_train_batch_size, rows)),
+        NextToken(),
+        device,
+        told,
+    )
+    with files.whole_folder(recipe.out, need_bytes=model.get_memory_footprint()) as folder:
+        build.save(model.cpu(), folder, parent.path)
+        _finish(folder, parent, after, [growth.record() for growth in growths], recipe, run)
+    return ModelFolder.open(recipe.out)
 
 
 class UpcycleRecipe(GrowRecipe):

@@ -62,6 +62,24 @@ def zero_pad(before: Shape, after: Shape) -> Growth:
     )
 
 
+def masked(before: Shape, after: Shape) -> Growth:
+    """Widen by new slots of ordinary initial values behind masks, which are raised from 0 to 1 over the first updates
+    (masked structural growth, MSG, arXiv 2305.02869). Function-preserving for any sizes.
+
+    Multiplying what new slots write by the mask and multiplying the weights that write it is the same: at 0 this is
+    `zero_pad`, at 1 the mask is gone. Not for norms that subtract the mean.
+    """
+    if before.norm == "layer":
+        raise ModelError(
+            "width: masked",
+            found="norms that subtract the mean",
+            expected="norms that don't: the mean over masked channels isn't the old one",
+            mend="Use zero_pad.",
+        )
+    padded = zero_pad(before, after)
+    return dataclasses.replace(padded, operator="masked", masked=frozenset({"writes_residual"}))
+
+
 def fpi(before: Shape, after: Shape, noise: float = 0.0, seed: int = 0) -> Growth:
     """Widen by copies of channels, neurons and heads; what reads copies is divided between them (Net2Net,
     arXiv 1511.05641; bert2BERT, arXiv 2110.07143).
@@ -92,6 +110,13 @@ def fpi(before: Shape, after: Shape, noise: float = 0.0, seed: int = 0) -> Growt
 def fpi_shares(before: Shape, after: Shape) -> Growth:
     """`fpi` with unequal shares, so that copies learn different things from the start."""
     return fpi(before, after, NOISE)
+
+
+def learned(before: Shape, after: Shape) -> Growth:
+    """Widen by linear maps that are trained, beginning with copies of unequal shares (LiGO, arXiv 2303.00980). See
+    `grow.learned`. Not function-preserving.
+    """
+    return dataclasses.replace(fpi(before, after, NOISE), operator="learned", exact=False, learned=True)
 
 
 def aki(before: Shape, after: Shape) -> Growth:

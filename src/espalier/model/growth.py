@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -168,6 +168,8 @@ class Growth:
     fills    by part: what new slots hold, the first part that holds for a tensor decides; otherwise random
     factors  by part: what old slots are multiplied by, parts of one tensor together
     silent   parts that are zero throughout a new layer, so that it adds nothing to the residual stream
+    learned  whether its maps are only where the training of maps begins
+    masked   parts whose new slots a mask raises from nothing to what `unmasked` has there
     """
 
     operator: str
@@ -179,6 +181,18 @@ class Growth:
     fills: Mapping[Part, Fill] = field(default_factory=dict)
     factors: Mapping[Part, float] = field(default_factory=dict)
     silent: frozenset[Part] = frozenset()
+    masked: frozenset[Part] = frozenset()
+    learned: bool = False
+
+    def unmasked(self) -> Growth:
+        """The growth without its masks: new slots have their initial values, norms see all channels."""
+        if not self.masked:
+            return self
+        fills = {part: fill for part, fill in self.fills.items() if part not in self.masked}
+        factors: dict[Part, float] = {
+            part: factor for part, factor in self.factors.items() if part != "scales_residual"
+        }
+        return replace(self, exact=False, fills=fills, factors=factors, silent=self.silent - self.masked)
 
     def fill(self, parts: frozenset[Part]) -> Fill:
         """What new slots of a tensor with these parts hold."""
@@ -192,7 +206,15 @@ class Growth:
         """All that the grown weights depend on, as JSON: what it says of itself, and every map, fill and factor."""
         maps = {role: [map_.source.tolist(), map_.share.tolist()] for role, map_ in self.maps.items()}
         layers = [self.layers.source, sorted(self.layers.new), self.layers.donor]
-        return [self.record(), maps, layers, dict(self.fills), dict(self.factors), sorted(self.silent)]
+        return [
+            self.record(),
+            maps,
+            layers,
+            dict(self.fills),
+            dict(self.factors),
+            sorted(self.silent),
+            sorted(self.masked),
+        ]
 
     def record(self) -> dict[str, Any]:
         """What was done, as JSON, for made.json."""

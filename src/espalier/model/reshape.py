@@ -58,7 +58,7 @@ class Grown:
 
     @cached_property
     def targets(self) -> dict[str, Target]:
-        return _targets(self.growth, self.before)
+        return targets(self.growth, self.before)
 
     @cached_property
     def layout(self) -> Layout:
@@ -68,8 +68,8 @@ class Grown:
     def origin(self, name: str) -> str | None:
         """The old tensor that this one is, bit for bit; None for one that has to be made."""
         target = self.targets[name]
-        moved = any(axis.roles & self.growth.maps.keys() for axis in self.before.tensors[target.source])
-        changed = target.silent or moved or self.growth.factor(self.before.parts[target.source]) != 1
+        mapped = any(axis.roles & self.growth.maps.keys() for axis in self.before.tensors[target.source])
+        changed = target.silent or mapped or self.growth.factor(self.before.parts[target.source]) != 1
         return None if changed else target.source
 
     def read(self, name: str) -> Tensor:
@@ -83,8 +83,8 @@ class Grown:
         sources = [self.old(target.source)]
         if target.donor != target.source and any(_is_copied(axis, growth).any() for axis in axes):
             sources.append(self.old(target.donor))
-        weight, new = _moved(sources, axes, growth)
-        share = _read_share(axes, growth, _before_tied_head(self.before, parts))
+        weight, new = moved(sources, axes, growth)
+        share = _read_share(axes, growth, before_tied_head(self.before, parts))
         _scale(weight, share, growth.factor(parts), self.before.offsets.get(target.source, 0.0))
         match growth.fill(parts) if new else "none":
             case "random":
@@ -126,7 +126,7 @@ def apply_moment(
     zeros. Raises RunError for a kind that can't be mapped.
     """
     grown = after(layout, growth)
-    for name, target in _targets(growth, layout).items():
+    for name, target in targets(growth, layout).items():
         old, axes = read(target.source), layout.tensors[target.source]
         if old is None:
             continue
@@ -137,8 +137,8 @@ def apply_moment(
         else:
             parts = layout.parts[target.source]
             power = _power(kind, target.source, old, layout)
-            value, new = _moved([old], axes, growth)
-            if (share := _written_share(axes, growth, _before_tied_head(layout, parts))) is not None:
+            value, new = moved([old], axes, growth)
+            if (share := _written_share(axes, growth, before_tied_head(layout, parts))) is not None:
                 value = value * share.to(value) ** power
             if (factor := growth.factor(parts)) != 1:
                 value = value / factor**power
@@ -148,11 +148,11 @@ def apply_moment(
 
 def after(layout: Layout, growth: Growth) -> Layout:
     """The layout of the grown model."""
-    sources = {name: target.source for name, target in _targets(growth, layout).items()}
+    sources = {name: target.source for name, target in targets(growth, layout).items()}
     return layout.grown(growth.after, sources, {role: len(map_.source) for role, map_ in growth.maps.items()})
 
 
-def _targets(growth: Growth, layout: Layout) -> dict[str, Target]:
+def targets(growth: Growth, layout: Layout) -> dict[str, Target]:
     """Every tensor of the grown model, by name."""
     targets = {name: Target(name, name, silent=False) for name in layout.in_layer(None)}
     layers = growth.layers
@@ -208,7 +208,7 @@ def _is_copied(axis: Axis, growth: Growth) -> np.ndarray:
     return _by_element(axis, growth, lambda map_: map_.is_copy & (axis.side == "out"), False) > 0
 
 
-def _moved(sources: list[Tensor], axes: Axes, growth: Growth) -> tuple[Tensor, list[Box]]:
+def moved(sources: list[Tensor], axes: Axes, growth: Growth) -> tuple[Tensor, list[Box]]:
     """The old slots in their new places, and the boxes of new slots; what the result holds in those is arbitrary.
 
     sources  the old tensor, and perhaps another one that copied slots are taken from
@@ -293,7 +293,7 @@ def _written_share(axes: Axes, growth: Growth, before_tied_head: bool) -> Tensor
     return None if before_tied_head else _share(axes, growth, {"out", "along"})
 
 
-def _before_tied_head(layout: Layout, parts: frozenset[Part]) -> bool:
+def before_tied_head(layout: Layout, parts: frozenset[Part]) -> bool:
     return "final_norm" in parts and layout.shape.tie_word_embeddings
 
 

@@ -41,13 +41,19 @@ class State:
 
 @dataclass(frozen=True)
 class Segment:
-    """What one stretch of training is told. rows = sequences per update, micro_rows = per forward pass."""
+    """What one stretch of training is told, some of it by the number of the step.
+
+    rows, micro_rows  sequences of an update, and of one forward pass
+    factor            of the learning rates
+    level             of the masks that a growth has put on new slots, 1 where they are done with
+    """
 
     until_step: int
     rows: int
     micro_rows: int
     flops_per_token: float
     factor: Callable[[int], float]
+    level: Callable[[int], float] = lambda step: 1.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,7 @@ def update(state: State, stream: Stream, segment: Segment, objective: Objective,
     batch = stream.batch(progress.samples, segment.rows)
     factor = segment.factor(progress.step)
     state.optimizer.set_factor(factor)
+    state.optimizer.set_level(segment.level(progress.step))
     loss = backward(state.model, batch, segment.micro_rows, objective, device)
     grad_norm = float(state.optimizer.clip())
     require_finite(loss, grad_norm, progress)

@@ -5,7 +5,8 @@ Names, not positions, tie state to weights: so a growth can map it and a checkpo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 
 from espalier.model.mup import Parametrization, role
 from espalier.spec import ModelSpec
+from espalier.train.masks import Masks, Slots
 from espalier.train.recipe import OptimizerRecipe
+
+# A quantity beside the optimizer's own: what a masked weight is without its mask.
+UNMASKED = "unmasked"
 
 State = dict[str, dict[str, Tensor]]
 
@@ -53,6 +58,17 @@ class Optimizer:
             self.parts = [torch.optim.AdamW([matrix_group, vector_group], **adam)]
         for group in self._groups():
             group["peak"] = group["lr"]
+        self.masks: Masks | None = None
+
+    def mask(self, slots: Slots, unmasked: Mapping[str, Tensor]) -> None:
+        """Train `unmasked` weights under masks that `set_level` raises, until their level is 1."""
+        self.masks = Masks({name: weight for weight, name in self.names.items()}, slots, unmasked)
+
+    def set_level(self, level: float) -> None:
+        """Raise the masks, if there are any, to `level` (0 to 1)."""
+        if self.masks:
+            self.masks.set_level(level)
+            self.masks = None if level >= 1 else self.masks
 
     def set_factor(self, factor: float) -> None:
         """Set every group's rate to `factor` times its peak."""
@@ -61,29 +77,37 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Scale the gradients down to `max_grad_norm` together; their norm before (a scalar)."""
+        if self.masks:
+            self.masks.scale_gradients()
         return nn.utils.clip_grad_norm_(self.names, self.recipe.max_grad_norm)
 
     def step(self) -> None:
         """Update the weights and drop the gradients."""
-        for part in self.parts:
-            part.step()
-            part.zero_grad(set_to_none=True)
+        with self.masks.lifted() if self.masks else contextlib.nullcontext():
+            for part in self.parts:
+                part.step()
+                part.zero_grad(set_to_none=True)
 
     def state(self) -> State:
         """{parameter: {quantity: tensor}}, the live tensors; empty before the first step."""
-        return {
+        state: State = {
             self.names[weight]: {key: value for key, value in quantities.items() if isinstance(value, Tensor)}
             for part in self.parts
             for weight, quantities in part.state.items()
         }
+        for name, unmasked in (self.masks.unmasked if self.masks else {}).items():
+            state.setdefault(name, {})[UNMASKED] = unmasked
+        return state
 
     def load_state(self, state: State) -> None:
-        """Take over the state of an optimizer of the same kind for the same parameters."""
+        """Take over the state of an optimizer of the same kind for the same parameters; masks are set by `mask`."""
         for part in self.parts:
             for group in part.param_groups:
                 for weight in group["params"]:
                     part.state[weight] = {
-                        key: value.clone() for key, value in state.get(self.names[weight], {}).items()
+                        key: value.clone()
+                        for key, value in state.get(self.names[weight], {}).items()
+                        if key != UNMASKED
                     }
 
     def _groups(self) -> Iterator[dict]:

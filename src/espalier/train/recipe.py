@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -28,6 +29,20 @@ class OptimizerRecipe(Recipe):
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Where a growth stage lies in its run, and its rates there.
+
+    begin, end   shares of the run's FLOPs
+    rate         the stage's factor on the peak rate; `next_rate` the following stage's, None in the last
+    """
+
+    begin: float = 0.0
+    end: float = 1.0
+    rate: float = 1.0
+    next_rate: float | None = None
+
+
 class ScheduleRecipe(Recipe):
     """Shape of the learning rate over a run. All ratios are shares of the run's FLOPs: in a growth run a late step
     costs many times an early one, and what is planned is the budget.
@@ -35,27 +50,44 @@ class ScheduleRecipe(Recipe):
     wsd     warm-up, stable, then linear decay over the last `decay_ratio`
     cosine  warm-up, then half a cosine
     linear  warm-up, then a line
-    Each ends at `min_ratio`. After a growth the rate comes back over `rewarm_ratio`.
+    Each ends at `min_ratio`.
+
+    After a growth (`at_growth`):
+    inherit   the one curve goes on, and the rate comes back to it over `rewarm_ratio`
+    rewind    the curve begins again at its peak, over what is left, after `rewarm_ratio` (MSG, arXiv 2305.02869)
+    fresh     the curve begins again with its warm-up, over what is left (G_stack, arXiv 2405.15319)
+    segments  each stage goes by half a cosine from its own `rate` to the next stage's, the last to `min_ratio`,
+              whatever the shape (FLM-101B, arXiv 2309.03852)
     """
 
     lr_scheduler_type: Literal["wsd", "cosine", "linear"] = "wsd"
+    at_growth: Literal["inherit", "rewind", "fresh", "segments"] = "inherit"
     warmup_ratio: float = Field(default=0.02, ge=0, lt=1)
     decay_ratio: float = Field(default=0.4, ge=0, le=1)
     min_ratio: float = Field(default=0.0, ge=0, le=1)
     rewarm_ratio: float = Field(default=0.005, ge=0, lt=1)
 
-    def factor(self, done: float, since_growth: float | None = None) -> float:
-        """The factor on the peak rate when a share `done` (0 to 1) of the FLOPs is spent.
-
-        since_growth: the share spent since the last growth; None before the first.
-        """
-        factor = self._shape(done) * _ramp(done, self.warmup_ratio)
-        return factor if since_growth is None else factor * _ramp(since_growth, self.rewarm_ratio)
+    def factor(self, done: float, stage: Stretch = Stretch()) -> float:
+        """The factor on the peak rate when a share `done` (0 to 1) of the FLOPs is spent, inside `stage`."""
+        since, left = done - stage.begin, 1 - stage.begin
+        again = since / left if left else 1.0
+        warm = _ramp(done, self.warmup_ratio) * (_ramp(since, self.rewarm_ratio) if stage.begin else 1.0)
+        match self.at_growth:
+            case "inherit":
+                return stage.rate * self._shape(done) * warm
+            case "rewind":
+                return stage.rate * self._shape(again) * warm
+            case "fresh":
+                return stage.rate * self._shape(again) * _ramp(again, self.warmup_ratio)
+            case "segments":
+                until = self.min_ratio if stage.next_rate is None else stage.next_rate
+                gone = min(max(since / (stage.end - stage.begin), 0.0), 1.0)
+                return (until + (stage.rate - until) * _half_cosine(gone)) * warm
 
     def _shape(self, done: float) -> float:
         begin = 1 - self.decay_ratio if self.lr_scheduler_type == "wsd" else self.warmup_ratio
         gone = min(max((done - begin) / (1 - begin), 0.0), 1.0) if begin < 1 else 0.0
-        left = (1 + math.cos(math.pi * gone)) / 2 if self.lr_scheduler_type == "cosine" else 1 - gone
+        left = _half_cosine(gone) if self.lr_scheduler_type == "cosine" else 1 - gone
         return self.min_ratio + (1 - self.min_ratio) * left
 
 
@@ -81,6 +113,10 @@ class TrainRecipe(Recipe):
     torch_compile: Literal["auto", "on", "off"] = "auto"
     bf16: Literal["auto", "on", "off"] = "auto"
     threads: int | None = Field(default=None, gt=0, description="CPU threads; the cores that are free, if not stated")
+
+
+def _half_cosine(gone: float) -> float:
+    return (1 + math.cos(math.pi * gone)) / 2
 
 
 def _ramp(done: float, length: float) -> float:
