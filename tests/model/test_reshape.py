@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espalier.errors import RunError
+from espalier.model import build, reshape
 from espalier.model.axes import discover
 from espalier.model.growth import NEW, Growth, IndexMap, LayerMap
 from espalier.model.layout import Axis, Block, Layout
@@ -83,6 +84,41 @@ def test_any_index_map_moves_whole_units(source, unit):
     new = grown(growth(maps={"heads": IndexMap.take(source)}), of, old)
     units = old[READER].view(4, unit, -1)
     assert torch.equal(new[READER].view(len(source), unit, -1), units[source])
+
+
+SLOTS = st.lists(st.integers(NEW, 3), min_size=1, max_size=9).filter(lambda source: any(slot != NEW for slot in source))
+
+
+@given(hidden=SLOTS, heads=SLOTS, unit=st.integers(1, 3), copies=st.booleans())
+def test_slots_are_moved_run_by_run_as_they_are_gathered(hidden, heads, unit, copies):
+    of = layout(4, 4, unit)
+    old = weights(of)
+    layers = LayerMap((0, 1), donor=(1, 1)) if copies else LayerMap.same(2)
+    change = growth(maps={"hidden": IndexMap.take(hidden), "heads": IndexMap.take(heads)}, layers=layers)
+    results = []
+    for short in (0, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reshape, "SHORT", short)
+            moments = dict(apply_moment(change, of, old.get, "exp_avg"))
+            results.append(
+                {**grown(change, of, old), **{f"moment of {name}": value for name, value in moments.items()}}
+            )
+    one, other = results
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@given(hidden=SIZES, heads=SIZES, unit=st.integers(1, 3))
+def test_no_value_is_drawn_that_is_not_used(hidden, heads, unit):
+    of = layout(hidden[0], heads[0], unit)
+    drawn: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reshape, "draw", lambda *key: drawn.append(build.draw(*key)) or drawn[-1])
+        maps = {"hidden": IndexMap.pad(*hidden), "heads": IndexMap.pad(*heads)}
+        new = grown(growth(maps=maps), of, weights(of))
+    before = sum(weight.numel() for weight in weights(of).values())
+    assert sum(values.numel() for values in drawn) == sum(weight.numel() for weight in new.values()) - before
+    together = torch.cat([values.flatten() for values in drawn]) if drawn else torch.zeros(0)
+    assert len(together.unique()) == len(together)
 
 
 def test_shares_act_on_weights_that_read_and_on_the_gradients_of_those_that_write():

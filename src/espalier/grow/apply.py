@@ -23,6 +23,7 @@ from espalier.model.axes import discover
 from espalier.model.growth import Growth, Shape
 from espalier.model.layout import Layout
 from espalier.model.reshape import Grown, Read, StdOf
+from espalier.model.stored import Form, Pieces, StoredModel
 
 State = dict[str, dict[str, Tensor]]
 
@@ -41,6 +42,8 @@ def grow_model(model: PreTrainedModel, growths: Sequence[Growth], *, seed: int, 
         None, config=AutoConfig.for_model(**plan.config), state_dict=weights, dtype=model.dtype
     )
     grown.generation_config = model.generation_config
+    # Or it would be saved under the names that `weights` has, not those of the family's published files.
+    vars(grown).pop("_weight_conversions", None)
     return grown.to(model.device).train(model.training)
 
 
@@ -64,12 +67,14 @@ class Weights:
     """A grown model that isn't there yet: its config and layout, and a function that makes any one tensor.
 
     origin  the tensor of the model before all growths that a name stands for, bit for bit; None where it is made
+    kin     a tensor of the model before all growths whose dtype this one gets
     """
 
     config: dict[str, Any]
     layout: Layout
     read: Read
     origin: Callable[[str], str | None]
+    kin: Callable[[str], str]
 
 
 def plan_weights(config: dict[str, Any], growths: Sequence[Growth], read: Read, *, seed: int, std_of: StdOf) -> Weights:
@@ -87,7 +92,7 @@ def plan_weights(config: dict[str, Any], growths: Sequence[Growth], read: Read, 
         layout, read = steps[-1].layout, steps[-1].read
     if growths:
         _require_fit(config, layout)
-    return Weights(config, layout, read, partial(_origin, steps))
+    return Weights(config, layout, read, partial(_origin, steps), partial(_kin, steps))
 
 
 def _origin(steps: Sequence[Grown], name: str) -> str | None:
@@ -95,6 +100,12 @@ def _origin(steps: Sequence[Grown], name: str) -> str | None:
     for step in reversed(steps):
         origin = step.origin(origin) if origin is not None else None
     return origin
+
+
+def _kin(steps: Sequence[Grown], name: str) -> str:
+    for step in reversed(steps):
+        name = step.targets[name].source
+    return name
 
 
 def grown_config(config: dict[str, Any], layout: Layout, growth: Growth) -> dict[str, Any]:
@@ -152,42 +163,69 @@ def grow_folder(
 ) -> None:
     """Grow a folder's model into the folder `out`, which appears whole; after a kill, the same call goes on.
 
-    Two tensors are in memory at a time, if the files hold the model's tensors under its own names. Where transformers
-    converts them as it loads (experts that are stored one by one), the whole model is.
+    Two tensors are in memory at a time; experts that are stored one by one are a tensor together, as in the model. The
+    whole model is in memory where transformers does more to a tensor than to rename, join or split it.
 
     finish  puts what else belongs there into the new folder, and may refuse it
     """
-    stored = shards.Weights.open(parent)
-    layout = discover(parent.config)
+    stored = StoredModel.open(parent, discover(parent.config))
     plan = plan_weights(parent.config, growths, stored.read, seed=seed, std_of=std_of)
     stds = [std_of(name, plan.layout.sizes(name)) for name in plan.layout.tensors]
-    key = files.digest([parent.identity(), [growth.identity() for growth in growths], stds, seed, shard_bytes])
-    need = stored.bytes * plan.layout.elements // max(layout.elements, 1)
+    identity = [[growth.identity() for growth in growths], stds, seed]
+    in_memory = lambda: grow_model(build.load(parent, dtype="auto"), growths, seed=seed, std_of=std_of)  # noqa: E731
+    write_grown(parent, out, plan, stored, identity, in_memory, finish=finish, tell=tell, shard_bytes=shard_bytes)
+
+
+def write_grown(
+    parent: ModelFolder,
+    out: Path,
+    plan: Weights,
+    stored: StoredModel,
+    identity: list[Any],
+    in_memory: Callable[[], PreTrainedModel],
+    *,
+    finish: Callable[[Path], None],
+    tell: Callable[[str], None],
+    shard_bytes: int,
+) -> None:
+    """Write a planned model, whose tensors are made of `stored`, as the folder `out`; see `grow_folder`.
+
+    identity   all that the weights depend on besides `parent`, as JSON
+    in_memory  makes the same model at once, for families whose files aren't understood
+    """
+    pieces = _pieces(plan, stored)
+    names = [piece.name for piece in pieces.planned] if pieces else []
+    key = files.digest([parent.identity(), identity, shard_bytes, names])
+    need = stored.weights.bytes * plan.layout.elements // max(stored.form.layout.elements, 1)
     with files.resumable_folder(out, key, need_bytes=need) as journal:
-        if _is_stored_as_named(stored, layout):
-            planned = [_planned(name, plan.layout, layout, stored) for name in plan.layout.tensors]
-            make = lambda name: stored.at(o) if (o := plan.origin(name)) else plan.read(name)  # noqa: E731
-            shards.write(journal.folder, planned, make, shard_bytes=shard_bytes, done=journal)
-            files.write_json(journal.folder / "config.json", _saved_config(plan.config))
+        if pieces:
+            shards.write(journal.folder, pieces.planned, pieces.make, shard_bytes=shard_bytes, done=journal)
+            files.write_json(journal.folder / "config.json", _saved_config(plan.config, pieces.form))
             build.copy_tokenizer(parent.path, journal.folder, also=(build.GENERATION,))
         else:
-            tell("This family's tensors are converted as they are loaded: the whole model is held in memory.")
-            model = build.load(parent, dtype="auto")
-            build.save(grow_model(model, growths, seed=seed, std_of=std_of), journal.folder, parent.path)
+            tell("How transformers loads this family isn't understood: the whole model is held in memory.")
+            build.save(in_memory(), journal.folder, parent.path)
         finish(journal.folder)
 
 
-def _is_stored_as_named(stored: shards.Weights, layout: Layout) -> bool:
-    """Whether the files hold the model's tensors as they are in memory (a tied one may be there twice)."""
-    names = set(stored.names) - set(layout.tied)
-    return names == set(layout.tensors) and all(stored.shape(name) == layout.sizes(name) for name in names)
+def _pieces(plan: Weights, stored: StoredModel) -> Pieces | None:
+    """The tensors of the new model's files; None if how transformers stores it or the old one isn't understood.
+
+    What stays as it was is copied unread.
+    """
+    if not stored.sources:
+        return None
+    dtypes = {name: stored.on_meta(plan.kin(name)).dtype for name in plan.layout.tensors}
+
+    def make(name: str) -> Tensor | list[shards.Stored]:
+        origin = plan.origin(name)
+        copied = stored.pieces(origin) if origin else None
+        return copied or plan.read(name).to(dtypes[name])
+
+    whole = [shards.Planned(name, plan.layout.sizes(name), dtype) for name, dtype in dtypes.items()]
+    pieces = Pieces(Form.of(plan.config, plan.layout), whole, make)
+    return pieces if pieces.can_be_read else None
 
 
-def _planned(name: str, grown: Layout, old: Layout, stored: shards.Weights) -> shards.Planned:
-    """A tensor of the grown model, with the dtype of one of the same kind in the old one."""
-    origin = name if name in old.tensors else old.with_layer(name, 0)
-    return shards.Planned(name, grown.sizes(name), stored.dtype(origin))
-
-
-def _saved_config(config: dict[str, Any]) -> dict[str, Any]:
-    return AutoConfig.for_model(**config).to_diff_dict() | {"architectures": config.get("architectures")}
+def _saved_config(config: dict[str, Any], form: Form) -> dict[str, Any]:
+    return AutoConfig.for_model(**config).to_diff_dict() | {"architectures": [type(form.model).__name__]}

@@ -32,8 +32,9 @@ def _after(growth: Growth, layout: Layout, before: dict[str, Tensor]) -> dict[st
     for name, target in reshape.targets(growth, layout).items():
         axes, parts = layout.tensors[target.source], layout.parts[target.source]
         old = before.get(target.source, torch.zeros(layout.sizes(target.source), dtype=torch.bool))
-        moved, is_new = reshape.mapped(old, axes, growth)
-        here = moved.masked_fill(is_new, bool(growth.masked & parts))
+        here, new = reshape.moved([old], axes, growth)
+        for box in new:
+            here[box] = bool(growth.masked & parts)
         if target.silent and growth.masked & growth.silent & parts:
             here = torch.ones_like(here)
         masked[name] = here

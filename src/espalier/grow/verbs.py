@@ -265,23 +265,26 @@ class UpcycleRecipe(GrowRecipe):
     drop: float = Field(default=0.0, ge=0, lt=1, description="share of each expert's neurons that are drawn anew")
 
 
-@method(paper="arXiv 2212.05055", needs="a Llama, Mistral, Granite or Qwen3 folder", costs="the model in memory")
+@method(
+    paper="arXiv 2212.05055",
+    needs="a Llama, Mistral, Granite or Qwen3 folder",
+    costs="reading the weights and writing the mixture's",
+)
 def grow_upcycle(recipe: UpcycleRecipe, run: Run) -> ModelFolder:
     """Make a mixture of experts whose experts are copies of the MLP: exact without noise and drop."""
-    from espalier.grow import experts
-    from espalier.model import build
+    from espalier.grow.experts import Upcycling, upcycle_folder
     from espalier.model.axes import discover
 
     parent = ModelFolder.open(recipe.model)
     settings = recipe.model_dump(include={"experts", "shards", "noise", "drop", "seed"})
-    exact = recipe.noise == recipe.drop == 0
-    run.tell(f"upcycle: {'exact' if exact else 'the function changes (noise and drop are not exact)'}")
-    mixture = experts.upcycle(build.load(parent, dtype="auto"), per_token=recipe.experts_per_token, **settings)
-    shape = discover(mixture.config.to_dict()).shape
-    step = {"operator": "upcycle", "exact": exact, "experts_per_token": recipe.experts_per_token, **settings}
-    with files.whole_folder(recipe.out, need_bytes=mixture.get_memory_footprint()) as folder:
-        build.save(mixture, folder, parent.path)
-        _finish(folder, parent, shape, [step], recipe, run)
+    how = Upcycling(per_token=recipe.experts_per_token, **settings)
+    run.tell(f"upcycle: {'exact' if how.exact else 'the function changes (noise and drop are not exact)'}")
+    step = {"operator": "upcycle", "exact": how.exact, "experts_per_token": how.per_token, **settings}
+
+    def finish(folder: Path) -> None:
+        _finish(folder, parent, discover(ModelFolder(folder).config).shape, [step], recipe, run)
+
+    upcycle_folder(parent, recipe.out, how, finish=finish, tell=run.tell)
     return ModelFolder.open(recipe.out)
 
 

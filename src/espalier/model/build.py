@@ -42,7 +42,7 @@ def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """Normal values of standard deviation `std`, the same for the same (seed, name, shape)."""
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator).mul_(std)
 
 
 def load(folder: ModelFolder, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:

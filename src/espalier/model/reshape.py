@@ -5,9 +5,11 @@ Where tensors come from is the caller's business (`read`): memory, files read on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,10 @@ StdOf = Callable[[str, tuple[int, ...]], float]
 
 # With weights times s and the same function, gradients are divided by s, and their squares by s squared.
 MOMENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2}
+# Elements that are scaled at a time, 1 MB in fp32: they stay in the cache.
+CACHED = 2**18
+# Where runs are shorter than this on average, copying them one by one takes longer than gathering all.
+SHORT = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Grown:
     before  the layout of the model before the growth
     old     gives the old weight of a name of `before`
     std_of  the initialiser's standard deviation for a name and (grown) shape; random slots depend on it and on
-            (seed, name, shape) alone
+            (seed, name, shape) and their place alone
     """
 
     growth: Growth
@@ -62,8 +68,8 @@ class Grown:
     def origin(self, name: str) -> str | None:
         """The old tensor that this one is, bit for bit; None for one that has to be made."""
         target = self.targets[name]
-        moved = any(axis.roles & self.growth.maps.keys() for axis in self.before.tensors[target.source])
-        changed = target.silent or moved or self.growth.factor(self.before.parts[target.source]) != 1
+        mapped = any(axis.roles & self.growth.maps.keys() for axis in self.before.tensors[target.source])
+        changed = target.silent or mapped or self.growth.factor(self.before.parts[target.source]) != 1
         return None if changed else target.source
 
     def read(self, name: str) -> Tensor:
@@ -72,24 +78,32 @@ class Grown:
         axes, parts = self.before.tensors[target.source], self.before.parts[target.source]
         if target.silent:
             return self.old(target.source).new_zeros(self.layout.sizes(name))
-        offset = self.before.offsets.get(target.source, 0.0)
-        weight, is_new = mapped(self.old(target.source), axes, growth)
-        if target.donor != target.source and (copied := _copied(axes, growth)) is not None:
-            weight = torch.where(copied, mapped(self.old(target.donor), axes, growth)[0], weight)
+        if (origin := self.origin(name)) is not None:
+            return self.old(origin)
+        sources = [self.old(target.source)]
+        if target.donor != target.source and any(_is_copied(axis, growth).any() for axis in axes):
+            sources.append(self.old(target.donor))
+        weight, new = moved(sources, axes, growth)
         share = _read_share(axes, growth, before_tied_head(self.before, parts))
-        factor = growth.factor(parts)
-        weight = _scaled(weight, share, factor, offset)
-        match growth.fill(parts) if is_new.any() else "none":
-            case "zero":
-                weight = weight.masked_fill(is_new, 0.0)
-            case "mean":
-                weight = _averaged(weight.masked_fill(is_new, 0.0), axes, growth)
+        _scale(weight, share, growth.factor(parts), self.before.offsets.get(target.source, 0.0))
+        match growth.fill(parts) if new else "none":
             case "random":
-                shape = tuple(weight.shape)
-                # The shape is in the key: a second growth with the same seed must not repeat the first one's draws.
-                drawn = draw(f"{name}{shape}", shape, self.std_of(name, shape), self.seed)
-                weight = torch.where(is_new, drawn.to(weight), weight)
+                self._draw(name, weight, new)
+            case "zero":
+                _clear(weight, new)
+            case "mean":
+                _clear(weight, new)
+                _average(weight, axes, growth)
         return weight
+
+    def _draw(self, name: str, weight: Tensor, new: list[Box]) -> None:
+        """Draw the new slots, box by box: no value is drawn that isn't used."""
+        shape = tuple(weight.shape)
+        std = self.std_of(name, shape)
+        for box in new:
+            # The shape is in the key: a second growth with the same seed must not repeat the first one's draws.
+            key = f"{name}{shape}{[side.start for side in box]}"
+            weight[box] = draw(key, tuple(weight[box].shape), std, self.seed).to(weight)
 
 
 def apply(growth: Growth, layout: Layout, read: Read, *, seed: int, std_of: StdOf) -> Iterator[tuple[str, Tensor]]:
@@ -123,12 +137,13 @@ def apply_moment(
         else:
             parts = layout.parts[target.source]
             power = _power(kind, target.source, old, layout)
-            value, is_new = mapped(old, axes, growth)
+            value, new = moved([old], axes, growth)
             if (share := _written_share(axes, growth, before_tied_head(layout, parts))) is not None:
                 value = value * share.to(value) ** power
             if (factor := growth.factor(parts)) != 1:
                 value = value / factor**power
-            yield name, value.masked_fill(is_new, 0.0)
+            _clear(value, new)
+            yield name, value
 
 
 def after(layout: Layout, growth: Growth) -> Layout:
@@ -151,31 +166,84 @@ def targets(growth: Growth, layout: Layout) -> dict[str, Target]:
     return targets
 
 
-def mapped(old: Tensor, axes: Axes, growth: Growth) -> tuple[Tensor, Tensor]:
-    """The old slots in their new places, and a mask that broadcasts to the grown shape and is true in new slots.
+class Run(NamedTuple):
+    """Old elements side by side in a grown axis that are so in the old one too; `copied` if copied slots write them."""
 
-    What the result holds in new slots is arbitrary.
+    to: slice
+    source: slice
+    copied: bool
+
+
+# A part of each axis: where they cross in the tensor.
+Box = tuple[slice, ...]
+
+
+def _runs(elements: np.ndarray, copied: np.ndarray) -> list[Run]:
+    """The runs of an axis, by where each of its elements comes from and whether copied slots write it."""
+    is_new = elements == NEW
+    ends = (np.diff(elements) != 1) | (copied[1:] != copied[:-1]) | is_new[1:] | is_new[:-1]
+    runs = []
+    for part in _parts(ends):
+        if (first := int(elements[part.start])) != NEW:
+            runs.append(Run(part, slice(first, first + part.stop - part.start), bool(copied[part.start])))
+    return runs
+
+
+def _new_boxes(axes: Axes, growth: Growth) -> list[Box]:
+    """The boxes that new slots fill, as few and large as they are."""
+    sides = []
+    for index in range(len(axes)):
+        is_new = _elements(axes, index, growth) == NEW
+        sides.append([(part, is_new[part.start]) for part in _parts(is_new[1:] != is_new[:-1])])
+    return [tuple(part for part, _ in box) for box in itertools.product(*sides) if any(new for _, new in box)]
+
+
+def _parts(ends: np.ndarray) -> list[slice]:
+    """The parts of an axis, by whether each of its elements but the last one ends a part."""
+    return [slice(a, b) for a, b in itertools.pairwise([0, *(np.flatnonzero(ends) + 1).tolist(), len(ends) + 1])]
+
+
+def _is_copied(axis: Axis, growth: Growth) -> np.ndarray:
+    """Which elements of the grown axis are written by copied slots."""
+    return _by_element(axis, growth, lambda map_: map_.is_copy & (axis.side == "out"), False) > 0
+
+
+def moved(sources: list[Tensor], axes: Axes, growth: Growth) -> tuple[Tensor, list[Box]]:
+    """The old slots in their new places, and the boxes of new slots; what the result holds in those is arbitrary.
+
+    sources  the old tensor, and perhaps another one that copied slots are taken from
     """
-    assert tuple(old.shape) == tuple(axis.size for axis in axes), "a tensor that isn't of this layout"
-    grown = old
-    is_new = torch.zeros([1] * old.ndim, dtype=torch.bool, device=old.device)
+    assert all(tuple(source.shape) == tuple(axis.size for axis in axes) for source in sources), "not of this layout"
+    runs, sizes = [], []
     for index, axis in enumerate(axes):
-        if axis.roles.isdisjoint(growth.maps):
-            continue
-        elements = torch.from_numpy(_elements(axes, index, growth)).to(old.device)
-        grown = grown.index_select(index, elements.clamp(min=0))
-        is_new = is_new | _along(elements == NEW, index, old.ndim)
-    return grown, is_new
+        elements, copied = _elements(axes, index, growth), _is_copied(axis, growth)
+        along = _runs(elements, copied)
+        if len(elements) < SHORT * len(along):
+            places = torch.from_numpy(elements.clip(min=0)).to(sources[0].device)
+            sources = [source.index_select(index, places) for source in sources]
+            along = _runs(np.where(elements == NEW, NEW, np.arange(len(elements))), copied)
+        runs.append(along)
+        sizes.append(len(elements))
+    grown = sources[0].new_empty(sizes)
+    for box in itertools.product(*runs):
+        source = sources[-1 if any(run.copied for run in box) else 0]
+        grown[tuple(run.to for run in box)] = source[tuple(run.source for run in box)]
+    return grown, _new_boxes(axes, growth)
 
 
-def _averaged(weight: Tensor, axes: Axes, growth: Growth) -> Tensor:
-    """The weight with the mean of the old slots in the new ones of every axis that it is written along."""
+def _clear(grown: Tensor, boxes: list[Box]) -> None:
+    for box in boxes:
+        grown[box] = 0
+
+
+def _average(weight: Tensor, axes: Axes, growth: Growth) -> None:
+    """Put the mean of the old slots into the new ones along every axis that the weight is written along."""
     for index, axis in enumerate(axes):
-        if axis.side != "in" and not axis.roles.isdisjoint(growth.maps):
-            is_old = torch.from_numpy(_elements(axes, index, growth) != NEW)
-            mean = weight.index_select(index, is_old.nonzero().flatten()).mean(dim=index, keepdim=True)
-            weight = torch.where(_along(is_old, index, weight.ndim), weight, mean)
-    return weight
+        is_new = torch.from_numpy(_elements(axes, index, growth) == NEW).to(weight.device)
+        if axis.side != "in" and is_new.any():
+            old, new = (~is_new).nonzero().flatten(), is_new.nonzero().flatten()
+            mean = weight.index_select(index, old).mean(dim=index, keepdim=True)
+            weight.index_copy_(index, new, mean.repeat_interleave(len(new), index))
 
 
 def _elements(axes: Axes, index: int, growth: Growth) -> np.ndarray:
@@ -225,18 +293,6 @@ def _written_share(axes: Axes, growth: Growth, before_tied_head: bool) -> Tensor
     return None if before_tied_head else _share(axes, growth, {"out", "along"})
 
 
-def _copied(axes: Axes, growth: Growth) -> Tensor | None:
-    """Which elements of the grown tensor are written by copied slots; None if none are."""
-    copied = None
-    for index, axis in enumerate(axes):
-        if axis.side == "out" and not axis.roles.isdisjoint(growth.maps):
-            here = _along(
-                torch.from_numpy(_by_element(axis, growth, lambda map_: map_.is_copy, False) > 0), index, len(axes)
-            )
-            copied = here if copied is None else copied | here
-    return copied
-
-
 def before_tied_head(layout: Layout, parts: frozenset[Part]) -> bool:
     return "final_norm" in parts and layout.shape.tie_word_embeddings
 
@@ -247,14 +303,16 @@ def _along(values: Tensor, index: int, ndim: int) -> Tensor:
     return values.view(shape)
 
 
-def _scaled(weight: Tensor, share: Tensor | None, factor: float, offset: float) -> Tensor:
-    """(weight + offset) * share * factor - offset, in fp32 at least."""
+def _scale(weight: Tensor, share: Tensor | None, factor: float, offset: float) -> None:
+    """Make it (weight + offset) * share * factor - offset, in fp32 at least, a few rows at a time."""
     if share is None and factor == 1:
-        return weight
-    scaled = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
-    if share is not None:
-        scaled = scaled * share.to(scaled)
-    return (scaled * factor - offset).to(weight.dtype)
+        return
+    weight = torch.atleast_1d(weight)
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    shares = torch.ones([], dtype=precise, device=weight.device) if share is None else share.to(weight.device, precise)
+    step = max(1, CACHED // max(weight[:1].numel(), 1))
+    for rows, share_of in zip(weight.split(step), shares.broadcast_to(weight.shape).split(step), strict=True):
+        rows.copy_((rows.to(precise) + offset) * share_of * factor - offset)
 
 
 def _power(kind: str, name: str, old: Tensor, layout: Layout) -> int:

@@ -72,6 +72,10 @@ class Planned:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def on_meta(self) -> Tensor:
+        """A tensor of its shape and dtype that holds nothing."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
 
 @dataclass(frozen=True)
 class Stored(Planned):
@@ -169,7 +173,7 @@ def write(
     """
     by_name = {tensor.name: tensor for tensor in planned}
     assert len(by_name) == len(planned), "a name is planned twice"
-    on_meta = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in planned}
+    on_meta = {tensor.name: tensor.on_meta() for tensor in planned}
     split = split_torch_state_dict_into_shards(on_meta, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
         if done and file in done.finished:
