@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from espalier.errors import ModelError
-from espalier.grow.operators import DEPTH, WIDTH, plan_growth
+from espalier.grow.operators import DEPTH, WIDTH, plan_growth, recorded
 
 
 def test_width_comes_before_depth_and_leads_to_the_stated_shape(spec):
@@ -60,6 +60,15 @@ def test_every_operator_is_a_value_that_can_be_written_down(spec):
         record = build(spec, spec.changed(**{size: target})).record()
         assert json.loads(json.dumps(record)) == record
         assert record["operator"] == name and record["changed"][size] == [getattr(spec, size), target]
+
+
+@pytest.mark.parametrize("width", [*WIDTH])
+@pytest.mark.parametrize("depth", [*DEPTH])
+def test_a_record_says_what_was_done(spec, width, depth):
+    growths = plan_growth(spec, spec.changed(hidden_size=48, num_hidden_layers=6), width=width, depth=depth)
+    again = recorded(spec, [growth.record() for growth in growths])
+    assert [growth.identity() for growth in again] == [growth.identity() for growth in growths]
+    assert recorded(spec, [{"operator": "upcycle", "exact": True}]) == []
 
 
 def test_planning_needs_no_torch():

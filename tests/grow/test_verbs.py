@@ -148,6 +148,16 @@ def test_maps_are_learned_from_text_that_the_model_s_own_tokenizer_reads(finishe
     assert again.fingerprint() == folder.fingerprint()
 
 
+@pytest.mark.parametrize("noise, alike", [(0.0, True), (0.5, False)])
+def test_check_finds_copies_that_stay_alike(noise, alike, parent, tmp_path):
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 8}
+    folder = carry_out("grow.fpi", model=parent, out=tmp_path / "large", noise=noise, **sizes)
+    told: list[str] = []
+    report = carry_out("grow.check", told, before=parent, after=folder.path)
+    assert (report.value("growth", "symmetric roles") > 0) == alike
+    assert any(line.startswith("copies that stay alike: ") and ("none" in line) != alike for line in told)
+
+
 def test_check_compares_two_folders(parent, tmp_path):
     folder = carry_out("grow.zero_pad", model=parent, out=tmp_path / "large", hidden_size=40)
     told: list[str] = []

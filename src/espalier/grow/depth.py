@@ -85,8 +85,8 @@ def identity(before: Shape, after: Shape, place: Place = "after") -> Growth:
     else:
         source = tuple(layer * old // new for layer in range(new))
         added = _repeats(source)
-    layers = LayerMap(source, added)
-    return Growth("identity", before, after, exact=True, layers=layers, silent=frozenset({"writes_residual"}))
+    layers, name = LayerMap(source, added), "identity" if place == "after" else "identity_top"
+    return Growth(name, before, after, exact=True, layers=layers, silent=frozenset({"writes_residual"}))
 
 
 def masked(before: Shape, after: Shape) -> Growth:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from espalier.errors import ModelError
 from espalier.grow import depth, width
@@ -12,7 +12,9 @@ from espalier.model.growth import Growth, Shape
 
 Operator = Callable[[Shape, Shape], Growth]
 # Those that are nothing but maps, and can be applied to a folder; the others need training to be what they are.
-DepthMap = Literal["stack", "stack_top", "stack_middle", "gradual", "overlap", "interpolate", "identity"]
+DepthMap = Literal[
+    "stack", "stack_top", "stack_middle", "gradual", "overlap", "interpolate", "identity", "identity_top"
+]
 WidthMap = Literal["zero_pad", "fpi", "fpi_shares", "aki"]
 DepthOperator = Literal[DepthMap, "masked", "learned"]
 WidthOperator = Literal[WidthMap, "masked", "learned"]
@@ -25,6 +27,7 @@ DEPTH: dict[str, Operator] = {
     "overlap": depth.overlap,
     "interpolate": depth.interpolate,
     "identity": depth.identity,
+    "identity_top": partial(depth.identity, place="top"),
     "masked": depth.masked,
     "learned": depth.learned,
 }
@@ -68,3 +71,17 @@ def learns(growths: Sequence[Growth]) -> bool:
             mend="State width: learned and depth: learned, or grow in two stages.",
         )
     return bool(learned)
+
+
+def recorded(before: Shape, records: Sequence[dict[str, Any]]) -> list[Growth]:
+    """The growths of which made.json has the records, from the shape before them; none if one isn't of maps alone."""
+    growths: list[Growth] = []
+    for record in records:
+        builders = DEPTH if "num_hidden_layers" in record.get("changed", {}) else WIDTH
+        build = builders.get(record["operator"])
+        if build is None:
+            return []
+        after = before.changed(**{key: new for key, (_, new) in record["changed"].items()})
+        growths.append(build(before, after))
+        before = growths[-1].after
+    return growths

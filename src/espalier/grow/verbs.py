@@ -300,10 +300,12 @@ class CheckRecipe(Recipe):
 def grow_check(recipe: CheckRecipe, run: Run) -> Report:
     """Compare a grown model with the one it came from: the function, and slots that can't learn."""
     from espalier.grow import proof
+    from espalier.model.axes import discover
 
     before, after = ModelFolder.open(recipe.before), ModelFolder.open(recipe.after)
     made = after.made or {}
-    found = proof.prove(before, after.path, seed=recipe.seed)
+    growths = operators.recorded(discover(before.config).shape, made.get("growth", []))
+    found = proof.prove(before, after.path, growths, seed=recipe.seed)
     report = found.report(str(recipe.after))
     report.save(run.folder / RESULTS)
     for line in found.lines():
