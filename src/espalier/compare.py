@@ -33,6 +33,7 @@ from espalier.trials import Figures, Trial, Way, carry_out, require_shares
 LARGE, SMALL = "large from scratch", "small only"
 SHARES = [0.25, 0.5, 1.0]
 TRIALS = "trials"
+TABLE_WIDTH = 110
 
 Rates = Annotated[tuple[float, ...], Field(min_length=1)]
 
@@ -327,10 +328,14 @@ def _tell(rows: Sequence[ArmRow], run: Run) -> None:
             _mean(row.seconds, ".0%"),
             f"{row.reached} of {row.difference.n if row.difference else 0}",
         )
-    console = Console()
+    # A narrower terminal breaks lines; cut figures would say nothing.
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     console.print(table)
-    console.print("losses at shares of each way's own FLOPs; difference to the better baseline, with half of the 95%")
-    console.print("interval; * to its loss, as shares of its own; the page has all intervals", highlight=False)
+    for note in (
+        "losses: at shares of each way's own FLOPs; difference: to the better baseline, ± half of the 95% interval",
+        "* until that baseline's final loss, as shares of its own; the page has all intervals",
+    ):
+        console.print(note, style="dim", highlight=False)
 
 
 def _mean(estimate: Estimate | None, form: str) -> str:
@@ -358,7 +363,7 @@ def _view(run: Run, outcomes: Sequence[Outcome], rows: list[ArmRow], recipe: Com
             figures.append(Figure("Time to that loss", f"{best.seconds.mean:.0%}", "of training and growing alone"))
     return View(
         title=run.name,
-        subtitle=f"{shape(specs[0])} → {shape(specs[-1])}, {len(recipe.seeds)} seeds",
+        subtitle=f"{shape(specs[0])} → {shape(specs[-1])}; seeds {', '.join(map(str, recipe.seeds))}",
         made_at=time.strftime("%Y-%m-%d %H:%M"),
         headline=figures,
         curves=[_curve(by_name[row.name]) for row in rows],
