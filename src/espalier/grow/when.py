@@ -73,7 +73,7 @@ def grow_when(recipe: WhenRecipe, run: Run) -> str:
     basis = {
         "fitted": "by G_stack's formula, within the sizes that it was fitted on",
         "extrapolated": f"by G_stack's formula, outside the sizes that it was fitted on ({_range()})",
-        "share": "a tenth of the tokens: G_stack's formula means nothing here; try 5% and 20% too",
+        "share": "a tenth of the tokens: G_stack's formula means nothing here; `espalier grow search` tries shares",
     }[timing.basis]
     small = "the small model" if recipe.layers is None else f"{recipe.layers // recipe.factor} layers"
     share = timing.share(recipe.tokens)
