@@ -232,7 +232,10 @@ def _carry_out(argument: tuple[dict, str]) -> int:
             return NumericsError.exit_code
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                return pretrain(recipe, run)
+                code = pretrain(recipe, run)
         except NumericsError as error:
             files.write_json(run.folder / DIVERGED, {"found": error.found})
             return error.exit_code
+    if _stop and code in (errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED):
+        _stop.set()  # what was queued for this process isn't to begin either
+    return code
