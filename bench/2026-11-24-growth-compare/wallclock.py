@@ -1,6 +1,6 @@
 """Wall-clock of the better baseline and of one grown way, one after the other on a machine that does nothing else.
 
-    python bench/2026-11-24-growth-compare/wallclock.py [WAY] [RUNS FOLDER]
+    python bench/2026-11-24-growth-compare/wallclock.py [WAY] [SEED ...]
 
 The ways, rates and seeds are those of adamw.yaml; in turn, A B A B, one thread each. Prints for each seed the share of
 the baseline's seconds (updates and growths) at which the way had the baseline's final loss, and writes wallclock.json.
@@ -22,11 +22,11 @@ HERE = Path(__file__).parent
 RATE = 0.02  # the best of each in result.json
 
 
-def main(name: str, folder: Path) -> None:
+def main(name: str, seeds: list[int]) -> None:
     told = recipe.load(CompareRecipe, HERE / "adamw.yaml", [])
     ways = {way.name: way for way in told.ways() if way.name in (LARGE, name)}
-    trials = [ways[way].trial(told.run, rate=RATE, seed=seed) for seed in told.seeds for way in (LARGE, name)]
-    figures = carry_out(trials, folder, workers=1, tell=print, done=lambda figures: None)
+    trials = [ways[way].trial(told.run, rate=RATE, seed=seed) for seed in seeds or told.seeds for way in (LARGE, name)]
+    figures = carry_out(trials, Path(tempfile.mkdtemp()), workers=1, tell=print, done=lambda figures: None)
     found = []
     for base, grown in zip(figures[::2], figures[1::2], strict=True):
         assert base and grown
@@ -46,4 +46,4 @@ def main(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "stack", Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp()))
+    main(sys.argv[1] if len(sys.argv) > 1 else "stack", [int(seed) for seed in sys.argv[2:]])

@@ -253,9 +253,7 @@ def _rows(outcomes: Sequence[Outcome]) -> list[ArmRow]:
 
 def _row(outcome: Outcome, base: Sequence[Figures]) -> ArmRow:
     figures, way = outcome.figures, outcome.way
-    reached = [(one.reached(target.loss), target) for one, target in zip(figures, base, strict=True)]
-    met = [(at[0] / target.flops, at[1] / target.seconds) for at, target in reached if at]
-    everyone = len(met) == len(figures)
+    met = [one.reached(target.loss) for one, target in zip(figures, base, strict=True)]
     jumps = [max(one.jumps) for one in figures if one.jumps]
     return ArmRow(
         name=way.name,
@@ -264,10 +262,40 @@ def _row(outcome: Outcome, base: Sequence[Figures]) -> ArmRow:
         jump=_estimate(jumps) if jumps else None,
         losses=[_estimate_or_none([one.loss_at(share * one.flops) for one in figures]) for share in SHARES],
         difference=_estimate([one.loss - target.loss for one, target in zip(figures, base, strict=True)]),
-        flops=_estimate([flops for flops, _ in met]) if everyone else None,
-        reached=len(met),
-        seconds=_estimate([seconds for _, seconds in met]) if everyone else None,
+        flops=_share_reached(figures, base, "flops"),
+        reached=sum(at is not None for at in met),
+        seconds=_share_reached(figures, base, "seconds"),
     )
+
+
+def _share_reached(
+    figures: Sequence[Figures], base: Sequence[Figures], spent: Literal["flops", "seconds"]
+) -> Estimate | None:
+    """The share of the baseline's FLOPs or seconds at which the mean over seeds was as low as the baseline's mean.
+
+    None if it never was; with an interval if every seed came as low as the baseline with that seed.
+    """
+
+    def share(one: Figures, target: Figures) -> float | None:
+        at = one.reached(target.loss)
+        return at[spent == "seconds"] / getattr(target, spent) if at else None
+
+    whole = share(_mean_of(figures), _mean_of(base))
+    each = _estimate_or_none([share(one, target) for one, target in zip(figures, base, strict=True)])
+    return None if whole is None else Estimate(whole, each.half_width if each else None, len(figures))
+
+
+def _mean_of(figures: Sequence[Figures]) -> Figures:
+    """The means over seeds, which evaluate at the same steps."""
+    points = []
+    for same in zip(*(one.points for one in figures), strict=True):
+        mean = lambda key: statistics.mean(getattr(point, key) for point in same)  # noqa: B023, E731
+        usd = mean("usd") if all(point.usd for point in same) else None
+        points.append(Point(mean("tokens"), mean("flops"), usd, mean("seconds"), same[0].step, mean("loss")))
+    loss, flops, seconds = (
+        statistics.mean(getattr(one, key) for one in figures) for key in ("loss", "flops", "seconds")
+    )
+    return Figures(loss, flops, seconds, points, [])
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
@@ -333,7 +361,7 @@ def _tell(rows: Sequence[ArmRow], run: Run) -> None:
     console.print(table)
     for note in (
         "losses: at shares of each way's own FLOPs; difference: to the better baseline, ± half of the 95% interval",
-        "* until that baseline's final loss, as shares of its own; the page has all intervals",
+        "* until the means are those of that baseline, as shares of its own; the page has all intervals",
     ):
         console.print(note, style="dim", highlight=False)
 
@@ -373,19 +401,15 @@ def _view(run: Run, outcomes: Sequence[Outcome], rows: list[ArmRow], recipe: Com
         machine=some.view().machine,
         notes=[
             "Each way has the best of the rates that were tried with the first seed, whose runs count as well.",
+            "FLOPs and time to the better baseline's loss are those of the means; seeds are counted one by one.",
             "Losses on the way are at a rate that hasn't decayed yet, so they say less than those at the end.",
         ],
     )
 
 
 def _curve(outcome: Outcome) -> Curve:
-    """Means over the seeds, which evaluate at the same steps, with the lowest and the highest."""
-    points, band = [], []
-    for same in zip(*(figures.points for figures in outcome.figures), strict=True):
-        losses = [point.loss for point in same]
-        mean = lambda key: statistics.mean(getattr(point, key) for point in same)  # noqa: B023, E731
-        usd = mean("usd") if all(point.usd for point in same) else None
-        points.append(Point(mean("tokens"), mean("flops"), usd, mean("seconds"), same[0].step, mean("loss")))
-        band.append((min(losses), max(losses)))
+    """Means over the seeds, with the lowest and the highest loss."""
+    by_point = zip(*([point.loss for point in figures.points] for figures in outcome.figures), strict=True)
+    band = [(min(losses), max(losses)) for losses in by_point] if len(outcome.figures) > 1 else []
     style: Literal["baseline", "validation"] = "baseline" if outcome.way.kind == "baseline" else "validation"
-    return Curve(outcome.way.name, points, style, band if len(outcome.figures) > 1 else [])
+    return Curve(outcome.way.name, _mean_of(outcome.figures).points, style, band)
