@@ -1,5 +1,7 @@
 """Refusals: all four parts are told, and scripts can tell the classes apart."""
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ def test_a_refusal_tells_where_found_expected_and_mend_in_that_order(kind, where
     error = kind(where, found=found, expected=expected, mend=mend)
     parts = [("where", where), ("found", found), ("expected", expected), ("mend", mend)]
     assert error.lines() == parts
+    assert pickle.loads(pickle.dumps(error)).lines() == parts, "it comes back from another process"
     place = 0
     for _, text in parts:
         place = str(error).index(text, place) + len(text)

@@ -6,6 +6,9 @@ Anything else that escapes is a bug in Espalier: exit code 1, traceback in the l
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class UserError(Exception):
     """A refusal that the user can act on.
@@ -21,6 +24,10 @@ class UserError(Exception):
     def __init__(self, where: str, *, found: str, expected: str, mend: str) -> None:
         super().__init__(f"{where}: found {found}; expected {expected}. {mend}")
         self.where, self.found, self.expected, self.mend = where, found, expected, mend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it comes back from another process."""
+        return partial(type(self), found=self.found, expected=self.expected, mend=self.mend), (self.where,)
 
     def lines(self) -> list[tuple[str, str]]:
         """(label, text) pairs in reading order, for the terminal."""
