@@ -141,6 +141,13 @@ def test_without_arms_every_operator_that_can_take_the_path_is_one(recipe):
     )
 
 
+@pytest.mark.parametrize("setting", [{"optimizer_state": "frsh"}, {"fit": 1.5}, {"ramp": 0}, {"rate": -1}])
+def test_an_arm_is_refused_what_a_stage_is_refused(recipe, setting):
+    values = recipe.model_dump() | {"arms": {"odd": setting}}
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        compare.CompareRecipe.model_validate(values)
+
+
 def test_rates_at_which_all_diverge_are_refused(recipe, tmp_path):
     rates = recipe.rates.model_copy(update={"large": (1e30,)})
     bad = recipe.model_copy(update={"rates": rates, "arms": {"stack": recipe.arms["stack"]}, "seeds": (1,)})

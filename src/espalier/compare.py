@@ -20,7 +20,7 @@ from pydantic import Field
 from espalier import page, units
 from espalier.errors import ModelError, RecipeError
 from espalier.grow.operators import DEPTH, WIDTH, DepthOperator, WidthOperator
-from espalier.grow.progressive import StageRecipe
+from espalier.grow.progressive import Fit, OptimizerState, Ramp, RateFactor, StageRecipe
 from espalier.method import method
 from espalier.page import ArmRow, Curve, Estimate, Figure, Point, View
 from espalier.planner import PlannedRecipe
@@ -43,10 +43,10 @@ class ArmRecipe(Recipe):
 
     depth: DepthOperator | None = None
     width: WidthOperator | None = None
-    optimizer_state: str | None = None
-    fit: float | None = None
-    ramp: float | None = None
-    rate: float | None = None
+    optimizer_state: OptimizerState | None = None
+    fit: Fit | None = None
+    ramp: Ramp | None = None
+    rate: RateFactor | None = None
     rates: Rates | None = Field(default=None, description="to try for this arm, in the place of rates.grown")
 
     def stages(self, path: Sequence[StageRecipe]) -> tuple[StageRecipe, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -64,6 +64,13 @@ class ModelRecipe(ShapeRecipe):
     tie_word_embeddings: bool = False
 
 
+# What a stage's growths may be told; arms of a comparison may be told the same.
+OptimizerState = Literal["carried", "fresh"]
+Fit = Annotated[float, Field(gt=0, lt=1)]
+Ramp = Annotated[float, Field(gt=0, le=1)]
+RateFactor = Annotated[float, Field(gt=0)]
+
+
 class StageRecipe(ShapeRecipe):
     """One stage: its shape, how long it lasts, and how the model before it grows into it.
 
@@ -77,10 +84,10 @@ class StageRecipe(ShapeRecipe):
     duration: DurationText
     depth: DepthOperator = "stack"
     width: WidthOperator = "zero_pad"
-    optimizer_state: Literal["carried", "fresh"] | None = None
-    fit: float = Field(default=0.1, gt=0, lt=1)
-    ramp: float = Field(default=0.25, gt=0, le=1)
-    rate: float = Field(default=1.0, gt=0)
+    optimizer_state: OptimizerState | None = None
+    fit: Fit = 0.1
+    ramp: Ramp = 0.25
+    rate: RateFactor = 1.0
 
 
 class GrowthRecipe(Recipe):
