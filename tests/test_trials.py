@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from espalier.errors import RecipeError
 from espalier.page import Point
 from espalier.planner import PlannedRecipe
-from espalier.trials import Figures, Way, require_shares
+from espalier.trials import Figures, Way, carry_out, require_shares
 
 losses = st.lists(st.floats(1, 10), min_size=2, max_size=12)
 
@@ -58,6 +58,13 @@ def test_a_way_has_its_flops_rate_and_seed():
     assert [stage.duration for stage in trial.recipe.stages] == ["4.000000000e+08 flops", "6.000000000e+08 flops"]
     assert trial.recipe.optimizer.learning_rate == 0.02
     assert trial.recipe.optimizer.vector_learning_rate == pytest.approx(0.06)
+
+
+def test_two_trials_in_one_folder_are_refused(tmp_path):
+    run = told()
+    trials = [Way(name, "arm", run.stages, 1e9).trial(run, rate=0.02, seed=7) for name in ("a b", "a, b")]
+    with pytest.raises(RecipeError, match=r"two that both mean a-b-rate0\.02-seed7"):
+        carry_out(trials, tmp_path, workers=1, tell=print, done=print)
 
 
 @pytest.mark.parametrize("durations", [("40%", "50%"), ("40%", "2e9 flops")], ids=["sum", "unit"])

@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -61,14 +62,13 @@ class Way:
             "optimizer": optimizer.model_dump(),
             "samples": {"prompts": ("\n",), "max_new_tokens": 1},
         }
-        return Trial(self.name, rate, seed, PretrainRecipe.model_validate(values))
+        return Trial(rate, seed, PretrainRecipe.model_validate(values))
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run of a way."""
 
-    way: str
     rate: float
     seed: int
     recipe: PretrainRecipe
@@ -167,6 +167,7 @@ def carry_out(
 
     Raises KeyboardInterrupt when a signal ended one: each has saved what it did, and the next call goes on.
     """
+    _require_distinct(trials)
     for trial in trials:
         trial.recipe.specs()  # what can't be built is refused before anything is trained
     figures: list[Figures | None] = []
@@ -182,6 +183,18 @@ def carry_out(
             ended = f"loss {found.loss:.4f}, {units.duration(found.seconds)}" if found else "its numbers diverged"
             tell(f"{len(figures)} of {len(trials)}  {trial.recipe.name}: {ended}")
     return figures
+
+
+def _require_distinct(trials: Sequence[Trial]) -> None:
+    """Refuse two trials that would share a folder."""
+    names = Counter(trial.recipe.name for trial in trials)
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise RecipeError(
+            "arms, rates or seeds",
+            found=f"two that both mean {twice[0]}",
+            expected="each once, and names that differ in letters or digits",
+            mend="Leave one out, or rename it.",
+        )
 
 
 class _Workers:
