@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from espalier import page, units
+from espalier.budget.plan import Duration
 from espalier.errors import ModelError, RecipeError
 from espalier.grow.operators import DEPTH, WIDTH, DepthOperator, WidthOperator
 from espalier.grow.progressive import Fit, OptimizerState, Ramp, RateFactor, StageRecipe
@@ -183,13 +184,11 @@ def grow_search(recipe: SearchRecipe, run: Run) -> str:
 
 def _rescaled(path: Sequence[StageRecipe], share: float) -> tuple[StageRecipe, ...]:
     """The path with another share for its first stage, what is left divided as before."""
-    parts = [float(stage.duration.rstrip(" %")) for stage in path]
-    left = (1 - share) * 100 / sum(parts[1:])
-    durations = [share * 100, *(part * left for part in parts[1:])]
-    return tuple(
-        stage.model_copy(update={"duration": f"{duration:.6g}%"})
-        for stage, duration in zip(path, durations, strict=True)
-    )
+    parts = [Duration.parse(stage.duration).amount for stage in path]
+    left = (1 - share) / sum(parts[1:])
+    shares = [share, *(part * left for part in parts[1:])]
+    changes = [{"duration": f"{100 * part:.6g}%"} for part in shares]
+    return tuple(stage.model_copy(update=change) for stage, change in zip(path, changes, strict=True))
 
 
 def _carry_out(
@@ -292,10 +291,8 @@ def _mean_of(figures: Sequence[Figures]) -> Figures:
         mean = lambda key: statistics.mean(getattr(point, key) for point in same)  # noqa: B023, E731
         usd = mean("usd") if all(point.usd for point in same) else None
         points.append(Point(mean("tokens"), mean("flops"), usd, mean("seconds"), same[0].step, mean("loss")))
-    loss, flops, seconds = (
-        statistics.mean(getattr(one, key) for one in figures) for key in ("loss", "flops", "seconds")
-    )
-    return Figures(loss, flops, seconds, points, [])
+    loss = statistics.mean(one.loss for one in figures)
+    return Figures(loss, points[-1].flops, points[-1].seconds, points, [])
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

@@ -127,7 +127,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds and half the width of its 95% interval; None where one seed gives no interval."""
+    """A mean over `n` seeds and half the width of its 95% interval; None where there is no interval, as for one seed."""
 
     mean: float
     half_width: float | None
@@ -142,8 +142,8 @@ class ArmRow:
     jump        loss after growth minus before; None for baselines
     losses      at the shares of the budget that the view lists; None where nothing was measured
     difference  final loss minus the better baseline's, paired by seed
-    flops       the share of the better baseline's FLOPs at which its final loss was reached; None if it wasn't
-    reached     how many seeds reached that loss
+    flops       the share of the better baseline's FLOPs at which the mean loss was its final one; None if it never was
+    reached     how many seeds came as low as the better baseline with the same seed
     seconds     the share of its wall-clock, likewise
     """
 

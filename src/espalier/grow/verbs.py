@@ -104,9 +104,8 @@ class SizesRecipe(WidthRecipe):
     num_hidden_layers: int | None = None
 
     def _sizes(self) -> dict[str, int]:
-        return super()._sizes() | (
-            {} if self.num_hidden_layers is None else {"num_hidden_layers": self.num_hidden_layers}
-        )
+        layers = {} if self.num_hidden_layers is None else {"num_hidden_layers": self.num_hidden_layers}
+        return super()._sizes() | layers
 
 
 class ReachRecipe(SizesRecipe):
