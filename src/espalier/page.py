@@ -127,7 +127,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds and half the width of its 95% interval; None where there is no interval, as for one seed."""
+    """A mean over `n` seeds and half the width of its 95% interval; None if there is none, as for one seed."""
 
     mean: float
     half_width: float | None

@@ -189,6 +189,22 @@ def test_a_signal_while_maps_are_trained_keeps_the_model_before(carry_out, make_
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
 
 
+@pytest.mark.parametrize("updates", [0, 1])
+def test_learned_maps_never_pass_the_budget(carry_out, make_run, setting_of, updates):
+    recipe = recipe_of(SMALL, LARGE | LEARNED)
+    made = plan_of(recipe)
+    free = make_run()
+    carry_out(recipe, free)
+    update = free.ledger.spent(kind="train", stage=1).flops / 6
+    evaluation = 128 * made.stages[-1].flops_per_token / 3
+    cap = made.stages[0].cost.flops + 3 * evaluation + 4 * evaluation + (updates + 0.5) * update
+    run = make_run(flops=cap)
+    outcome = grow_run(recipe, made, setting_of(run, reserve=Cost(flops=3 * evaluation)))
+    assert outcome.ending == "budget" and outcome.held_out is not None
+    assert (outcome.state.progress.stage, outcome.state.progress.step) == (0, 6)
+    assert run.ledger.total.flops <= cap
+
+
 def test_moments_are_not_carried_through_learned_maps(carry_out):
     with pytest.raises(ModelError, match=r"stage 2: optimizer_state: .* learned"):
         recipe_of(SMALL, LARGE | LEARNED | {"optimizer_state": "carried"}).path(VOCABULARY)

@@ -18,6 +18,7 @@ from espalier.budget.plan import Duration, DurationText, Plan
 from espalier.errors import BudgetError, ModelError
 from espalier.grow import operators
 from espalier.grow.operators import DepthOperator, WidthOperator
+from espalier.ledger import Cost
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from espalier.data.stream import Stream
-    from espalier.ledger import Cost
     from espalier.run import Run
     from espalier.train.checkpoint import Progress
     from espalier.train.device import Device
@@ -412,20 +412,26 @@ def _fit(
     tokens = stage.rows * setting.train_stream.sequence_length
     # A third of training is the forward pass, and so it is for the maps.
     flops = tokens * stage.flops_per_token + 3 * maps.flops
+    update = stage.cost * (1 / stage.steps) + Cost(flops=3 * maps.flops)
     updates = max(round(recipe.stages[number].fit * stage.steps), 1)
 
     def after(done: int) -> Progress:
         more = {"step": done, "samples": done * stage.rows, "tokens": done * tokens, "flops": done * flops}
         return replace(progress, **{key: getattr(progress, key) + amount for key, amount in more.items()})
 
+    def goes_on() -> bool:
+        return run.stop_signal is None and run.affords(setting.reserve + update)
+
     def count(done: int, loss: float) -> bool:
         run.charge("train", tokens=tokens, flops=flops, stage=number, step=after(done).step)
-        return run.stop_signal is None and run.affords(setting.reserve + stage.cost * (1 / stage.steps))
+        return done == updates or goes_on()
 
+    if not goes_on():
+        return None
     whole = learned.fit(
         model,
         maps,
-        lambda update: setting.train_stream.batch(after(update).samples, stage.rows),
+        lambda done: setting.train_stream.batch(after(done).samples, stage.rows),
         learned.Fit(updates, recipe.train.per_device_train_batch_size),
         setting.objective,
         setting.device,
