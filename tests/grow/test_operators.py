@@ -69,6 +69,7 @@ def test_a_record_says_what_was_done(spec, width, depth):
     again = recorded(spec, [growth.record() for growth in growths])
     assert [growth.identity() for growth in again] == [growth.identity() for growth in growths]
     assert recorded(spec, [{"operator": "upcycle", "exact": True}]) == []
+    assert recorded(growths[0].after, [growths[0].record()]) == [], "begun from another shape"
 
 
 def test_planning_needs_no_torch():

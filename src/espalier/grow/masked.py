@@ -15,6 +15,8 @@ from espalier.train.masks import Slots
 
 def slots(growths: Sequence[Growth], layout: Layout) -> Slots:
     """The slots that `growths`, applied in order to a model of this layout, put behind masks; empty for none."""
+    if not any(growth.masked for growth in growths):
+        return Slots()
     elements: dict[str, Tensor] = {}
     old_share = 1.0
     for growth in growths:

@@ -74,12 +74,16 @@ def learns(growths: Sequence[Growth]) -> bool:
 
 
 def recorded(before: Shape, records: Sequence[dict[str, Any]]) -> list[Growth]:
-    """The growths of which made.json has the records, from the shape before them; none if one isn't of maps alone."""
+    """The growths of which made.json has the records, from the shape before them.
+
+    None if one has no operator here, or began from another shape.
+    """
     growths: list[Growth] = []
     for record in records:
         builders = DEPTH if "num_hidden_layers" in record.get("changed", {}) else WIDTH
         build = builders.get(record["operator"])
-        if build is None:
+        began = {key: old for key, (old, _) in record.get("changed", {}).items()}
+        if build is None or any(before.fields()[key] != old for key, old in began.items()):
             return []
         after = before.changed(**{key: new for key, (_, new) in record["changed"].items()})
         growths.append(build(before, after))
