@@ -198,8 +198,9 @@ def test_learned_maps_never_pass_the_budget(carry_out, make_run, setting_of, upd
     grows_at = kinds.index(("train", 1))
     before = sum(entry.cost.flops for entry in free.ledger.entries[:grows_at])
     update = free.ledger.entries[grows_at].cost.flops
-    reserve = 3 * 128 * plan_of(recipe).stages[-1].flops_per_token / 3
-    run = make_run(flops=before + reserve + (updates + 0.5) * update)
+    per_token = plan_of(recipe).stages[-1].flops_per_token
+    reserve, maps = 3 * 128 * per_token / 3, update - TOKENS * per_token
+    run = make_run(flops=before + reserve + (updates + 1) * update - maps / 2)
     outcome = grow_run(recipe, plan_of(recipe), setting_of(run, reserve=Cost(flops=reserve)))
     assert outcome.ending == "budget" and outcome.held_out is not None
     assert (outcome.state.progress.stage, outcome.state.progress.step) == (0, 6)
