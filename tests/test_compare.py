@@ -118,15 +118,24 @@ def test_ways_side_by_side_come_to_the_same(compared, recipe, tmp_path):
     }
 
 
-def test_a_signal_stops_between_updates_and_the_next_call_goes_on(compared, recipe, tmp_path, monkeypatch):
-    from espalier import trials
+def test_after_a_signal_nothing_more_is_begun_and_the_next_call_goes_on(recipe, tmp_path, monkeypatch):
+    from espalier import errors, trials
 
-    original = trials.pretrain
-    monkeypatch.setattr(trials, "pretrain", lambda recipe, run: 130)
-    with Run.start(tmp_path / "run", recipe, tell=lambda line: None) as run, pytest.raises(KeyboardInterrupt):
-        compare.grow_compare(recipe, run)
-    monkeypatch.setattr(trials, "pretrain", original)
-    assert not (run.folder / RESULTS).exists()
+    original, begun = trials.pretrain, []
+
+    def pretrain(recipe, run):
+        begun.append(recipe.name)
+        return original(recipe, run) if len(begun) != 2 else errors.EXIT_TERMINATED
+
+    monkeypatch.setattr(trials, "pretrain", pretrain)
+    rates = recipe.rates.model_copy(update={"large": (0.01,), "grown": (0.01,)})
+    short = recipe.model_copy(update={"seeds": (1,), "rates": rates, "arms": {"stack": recipe.arms["stack"]}})
+    with Run.start(tmp_path / "run", short, tell=lambda line: None) as run, pytest.raises(KeyboardInterrupt):
+        compare.grow_compare(short, run)
+    assert len(begun) == 2 and not (run.folder / RESULTS).exists()
+    with Run.start(tmp_path / "run", short, tell=lambda line: None) as run:
+        compare.grow_compare(short, run)
+    assert len(begun) == 4 and len(set(begun)) == 3, "the finished one is only read, the stopped one taken up"
 
 
 def test_without_arms_every_operator_that_can_take_the_path_is_one(recipe):
