@@ -21,14 +21,14 @@ def curve(values: list[float]) -> Figures:
 @given(losses, st.floats(0.5, 12))
 def test_a_loss_is_reached_where_the_curve_first_is_as_low(values, loss):
     at = curve(values).reached(loss)
-    if min(values[1:]) > loss:
+    low = [number for number, value in enumerate(values, start=1) if value <= loss]
+    if not low:
         assert at is None
         return
     flops, seconds = at
     assert seconds == pytest.approx(2 * flops)
-    before = [value for n, value in enumerate(values, start=1) if n < flops]
-    assert values[0] <= loss or all(value > loss for value in before)
-    if values[0] > loss:
+    assert flops == 1 if low[0] == 1 else low[0] - 1 < flops <= low[0]
+    if low[0] > 1:
         assert curve(values).loss_at(flops) == pytest.approx(loss, abs=1e-6)
 
 

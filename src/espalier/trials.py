@@ -122,12 +122,13 @@ class Figures:
 
     def reached(self, loss: float) -> tuple[float, float] | None:
         """(FLOPs, seconds) at which the loss was first as low, between points along a line; None if it never was."""
-        for one, other in pairwise(self.points):
-            if other.loss <= loss:
-                part = (one.loss - loss) / (one.loss - other.loss) if one.loss > loss else 0.0
-                between = lambda start, end: start + part * (end - start)  # noqa: B023, E731
-                return between(one.flops, other.flops), between(one.seconds, other.seconds)
-        return None
+        first = next((number for number, point in enumerate(self.points) if point.loss <= loss), None)
+        if first is None:
+            return None
+        one, other = self.points[max(first - 1, 0)], self.points[first]
+        part = (one.loss - loss) / (one.loss - other.loss) if first else 1.0
+        between = lambda start, end: start + part * (end - start)  # noqa: E731
+        return between(one.flops, other.flops), between(one.seconds, other.seconds)
 
 
 def _times(ledger: Ledger) -> Iterator[tuple[int, float]]:

@@ -40,6 +40,13 @@ def test_maps_begin_as_the_copies_that_they_stand_for(begin, any_spec, sizes):
         torch.testing.assert_close(weight, weights[name].detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_changed_factor_on_the_logits_is_made_up_for(begin, granite):
+    maps, _, copied = begin(granite, SIZES["wider"] | {"logits_scaling": 2 * granite.logits_scaling})
+    made = maps.materialized()
+    for name, weight in copied.named_parameters():
+        torch.testing.assert_close(made[name], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_training_lowers_the_loss_and_leaves_the_old_model_alone(begin, spec, batch_of, sizes):
     maps, old, grown = begin(spec, sizes)

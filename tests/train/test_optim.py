@@ -6,6 +6,7 @@ import torch
 from espalier.model.build import build
 from espalier.model.mup import Parametrization
 from espalier.spec import ModelSpec
+from espalier.train.masks import Slots
 from espalier.train.optim import Optimizer
 from espalier.train.recipe import OptimizerRecipe
 
@@ -127,3 +128,23 @@ def test_gradients_are_cut_to_the_norm_together_and_the_norm_before_is_told(begi
     assert state.optimizer.clip().item() == pytest.approx(size)
     after = torch.stack([weight.grad.norm() for weight in parameters]).norm().item()
     assert after == pytest.approx(min(size, 1.0), rel=1e-4)
+
+
+def test_behind_a_mask_the_unmasked_weight_has_its_share_of_the_gradient(begin, optimizer_recipe):
+    state = begin(optimizer_recipe)
+    name = "model.embed_tokens.weight"
+    weights = dict(state.model.named_parameters())
+    halves = torch.arange(weights[name].shape[1]) % 2 == 0
+    whole = weights[name].detach().clone()
+    state.optimizer.mask(Slots({name: halves.expand(weights[name].shape)}), {name: whole})
+    state.optimizer.set_level(0.25)
+    assert torch.equal(weights[name].detach(), torch.where(halves, 0.25 * whole, whole))
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    weights[name].grad = torch.ones_like(weights[name])
+    norm = state.optimizer.clip().item()
+    assert norm == pytest.approx(torch.where(halves, 0.25, 1.0).expand(whole.shape).norm().item(), rel=1e-5)
+    state.optimizer.step()
+    unmasked = state.optimizer.masks.unmasked[name]
+    assert not torch.equal(unmasked, whole)
+    assert torch.equal(weights[name].detach(), unmasked * torch.where(halves, 0.25, 1.0))
