@@ -40,7 +40,7 @@ def _kv(shape, heads: int) -> dict[str, int]:
 
 def measure(model, name: str) -> dict:
     shape = discover(model.config.to_dict()).shape
-    growth = operators.OPERATORS[name.partition(",")[0]](shape, shape.changed(**LARGER[name](shape)))
+    growth = (operators.DEPTH | operators.WIDTH)[name.partition(",")[0]](shape, shape.changed(**LARGER[name](shape)))
     std_of = Parametrization(kind="standard").std_of(growth.after)
     grown = grow_model(model, [growth], seed=1, std_of=std_of)
     grown.set_attn_implementation("eager")

@@ -3,10 +3,10 @@
     python bench/2026-11-24-growth-streamed/run.py [FOLDER]
 
 A Granite model of random bf16 weights is written, then grown in three ways, each in a process of its own. The baseline
-copies the same files with `cp` and flushes them to the disk, as growth does; rounds alternate. Before each, memory is
-touched and freed: on a virtual machine fresh pages come from the host, at a tenth of the speed of the disk cache.
-Speeds are bytes written a second. Resident memory is VmHWM above what the process had after its imports and the
-discovery of the axes.
+copies the grown files with `cp` and flushes them to the disk, as growth does, right after they were grown; rounds
+alternate. Copying the files that were grown from is measured too. Before each, memory is touched and freed: on a virtual
+machine fresh pages come from the host, at a tenth of the speed of the disk cache. Speeds are bytes written a second.
+Resident memory is VmHWM above what the process had after its imports and the discovery of the axes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ import tempfile
 import time
 from pathlib import Path
 
+from espalier.grow import depth, width
+
 HERE = Path(__file__).parent
 LAYERS = (4, 10, 23)  # 0.7, 1.5 and 3.1 GB
-ROUNDS = 2
+ROUNDS = 3
 TOUCHED = 12_000_000_000
 SIZES = {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
-# Operator, and the sizes to reach; streams of 5 GB files, as a user would have them.
+# Into files of 5 GB at most, as a user would have them.
 GROWTHS = {
-    "stack x2": {"depth": "stack", "factor": 2},
-    "zero_pad": {"width": "zero_pad", "hidden_size": 2304, "num_attention_heads": 20, "intermediate_size": 9216},
-    "fpi": {"width": "fpi", "intermediate_size": 12_288},
+    "stack x2": lambda shape: depth.stack(shape, shape.changed(num_hidden_layers=2 * shape.num_hidden_layers)),
+    "zero_pad": lambda shape: width.zero_pad(
+        shape, shape.changed(hidden_size=2304, num_attention_heads=20, intermediate_size=9216)
+    ),
+    "fpi": lambda shape: width.fpi(shape, shape.changed(intermediate_size=12_288)),
 }
 
 
@@ -59,16 +63,12 @@ def peak() -> int:
 def grow(parent: Path, out: Path, name: str) -> None:
     """One growth in this process; prints seconds and bytes as JSON."""
     from espalier.folder import ModelFolder
-    from espalier.grow import apply, operators
+    from espalier.grow import apply
     from espalier.model.axes import discover
     from espalier.model.mup import Parametrization
 
-    sizes = dict(GROWTHS[name])
     shape = discover(json.loads((parent / "config.json").read_text())).shape
-    build = operators.OPERATORS[sizes.pop("depth", None) or sizes.pop("width")]
-    if "factor" in sizes:
-        sizes = {"num_hidden_layers": sizes["factor"] * shape.num_hidden_layers}
-    growth = build(shape, shape.changed(**sizes))
+    growth = GROWTHS[name](shape)
     Path("/proc/self/clear_refs").write_text("5")
     before, began = peak(), time.monotonic()
     apply.grow_folder(
@@ -83,14 +83,18 @@ def grow(parent: Path, out: Path, name: str) -> None:
     print(json.dumps({"seconds": time.monotonic() - began, "peak": peak() - before}))
 
 
-def copy(parent: Path, out: Path) -> float:
+def copy(folder: Path, out: Path) -> float:
+    """Copy a folder, with memory touched before; the bytes of its weights a second."""
+    touch()
     began = time.monotonic()
-    subprocess.run(["cp", "-r", parent, out], check=True)
+    subprocess.run(["cp", "-r", folder, out], check=True)
     for file in out.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return time.monotonic() - began
+    speed = weight_bytes(out) / (time.monotonic() - began)
+    shutil.rmtree(out)
+    return speed
 
 
 def touch() -> None:
@@ -106,35 +110,30 @@ def weight_bytes(folder: Path) -> int:
 def main(place: Path) -> None:
     rows = []
     for layers in LAYERS:
-        parent = place / f"model-{layers}"
+        parent, out = place / f"model-{layers}", place / "grown"
         subprocess.run([sys.executable, __file__, "make", str(parent), str(layers)], check=True)
-        size = weight_bytes(parent)
-        speeds: dict[str, list[float]] = {"cp": []}
-        peaks: dict[str, list[int]] = {}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in GROWTHS}
         for _ in range(ROUNDS):
-            touch()
-            speeds["cp"].append(size / copy(parent, place / "copy"))
-            shutil.rmtree(place / "copy")
+            parent_copied = copy(parent, place / "copy")
             for name in GROWTHS:
-                out = place / "grown"
                 touch()
                 command = [sys.executable, __file__, "grow", str(parent), str(out), name]
                 found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                speeds.setdefault(name, []).append(weight_bytes(out) / found["seconds"])
-                peaks.setdefault(name, []).append(found["peak"])
+                speed = weight_bytes(out) / found["seconds"]
+                rounds[name].append(
+                    {
+                        "bytes_per_second": speed,
+                        "of_copying_the_grown": speed / copy(out, place / "copy"),
+                        "of_copying_the_parent": speed / parent_copied,
+                        "peak_mb": found["peak"] / 1e6,
+                    }
+                )
                 shutil.rmtree(out)
+        for name, found in rounds.items():
+            medians = {key: statistics.median(each[key] for each in found) for key in found[0]}
+            rows.append({"growth": name, "gigabytes": weight_bytes(parent) / 1e9, **medians})
+            print(json.dumps(rows[-1]), flush=True)
         shutil.rmtree(parent)
-        for name in GROWTHS:
-            row = {
-                "growth": name,
-                "gigabytes": size / 1e9,
-                "bytes_per_second": statistics.median(speeds[name]),
-                "of_cp": statistics.median(a / b for a, b in zip(speeds[name], speeds["cp"], strict=True)),
-                "peak_mb": max(peaks[name]) / 1e6,
-            }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-        rows.append({"growth": "cp", "gigabytes": size / 1e9, "bytes_per_second": statistics.median(speeds["cp"])})
     (HERE / "result.json").write_text(json.dumps({"rows": rows, "load": os.getloadavg()}, indent=2) + "\n")
 
 

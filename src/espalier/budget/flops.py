@@ -23,13 +23,20 @@ class Operator:
     """One kind of operator, which occurs `count` times in the model.
 
     flops       FLOPs per token of the forward pass, of one occurrence
-    parameters  learned numbers, of one occurrence
+    parameters  learned numbers, of one occurrence, all copies together
+    inputs      numbers a token that a product with weights reads; 0 for other operators
+    outputs     numbers a token that it writes
+    copies      how many weights there are to choose from (experts), of which a token passes `used`
     """
 
     name: str
     flops: int
     parameters: int
     count: int = 1
+    inputs: int = 0
+    outputs: int = 0
+    copies: int = 1
+    used: int = 1
 
 
 def operators(spec: ModelSpec, sequence_length: int) -> list[Operator]:
@@ -52,7 +59,7 @@ def operators(spec: ModelSpec, sequence_length: int) -> list[Operator]:
         _linear("down", inner, hidden, layers),
         Operator("norms", 0, 2 * hidden + _head_norms(spec), layers),
         Operator("final_norm", 0, hidden),
-        Operator("lm_head", 2 * hidden * spec.vocab_size, head),
+        Operator("lm_head", 2 * hidden * spec.vocab_size, head, inputs=hidden, outputs=spec.vocab_size),
     ]
 
 
@@ -93,7 +100,7 @@ def narayanan_flops(spec: ModelSpec, sequence_length: int, recompute: Literal["n
 
 
 def _linear(name: str, inputs: int, outputs: int, count: int, *, bias: bool = False) -> Operator:
-    return Operator(name, 2 * inputs * outputs, inputs * outputs + outputs * bias, count)
+    return Operator(name, 2 * inputs * outputs, inputs * outputs + outputs * bias, count, inputs, outputs)
 
 
 def _has_attention_bias(spec: ModelSpec) -> bool:
