@@ -4,8 +4,8 @@
 
 A Granite model of random bf16 weights is written, then grown in three ways, each in a process of its own. The baseline
 copies the grown files with `cp` and flushes them to the disk, as growth does, right after they were grown; rounds
-alternate. Copying the files that were grown from is measured too. Before each, memory is touched and freed: on a virtual
-machine fresh pages come from the host, at a tenth of the speed of the disk cache. Speeds are bytes written a second.
+alternate. Copying the files that were grown from is measured too. Before each, memory is touched and freed: on a
+virtual machine fresh pages come from the host, at a tenth of the disk cache's speed. Speeds are bytes written a second.
 Resident memory is VmHWM above what the process had after its imports and the discovery of the axes.
 """
 
