@@ -158,3 +158,47 @@ def test_a_budget_s_cap_is_what_it_states_in_the_ledger_s_units():
     assert stated.cap() == Cap(usd=2.0, seconds=1800.0, kwh=1.0, flops=1e12, tokens=1e6)
     assert BudgetRecipe().cap() == Cap()
     assert math.isinf(Cap().seconds)
+
+
+def test_the_table_of_flm_101b_comes_out():
+    """Tokens, speeds, GPUs and power as published (arXiv 2309.03852); inner shapes are ours, of the printed sizes."""
+    gpus, day = 192, 86_400
+    stages = [  # layers, width, parameters; tokens in all and a day, in billions
+        (49, 5120, 16e9, 245.37, 25.48),
+        (80, 7232, 51e9, 39.64, 7.38),
+        (80, 10_240, 101e9, 26.54, 4.06),
+    ]
+    specs = [
+        ModelSpec(
+            family="llama", vocab_size=100_256, hidden_size=width, intermediate_size=width * 8 // 3,
+            num_hidden_layers=layers, num_attention_heads=width // 64, tie_word_embeddings=True,
+        )
+        for layers, width, *_ in stages
+    ]  # fmt: skip
+    for spec, (*_, parameters, _, _) in zip(specs, stages, strict=True):
+        assert flops.parameters(spec) == pytest.approx(parameters, rel=0.02)
+    made = plan(
+        [(spec, Duration(tokens * 1e9, "tokens")) for spec, (*_, tokens, _) in zip(specs, stages, strict=True)],
+        rows=2304,
+        sequence_length=2048,
+        seconds_per_token=[day / (daily * 1e9) for *_, daily in stages],
+        basis="estimated",
+        rates=Rates(usd_per_hour=1.0 * gpus, watts=400.0 * gpus, kgco2e_per_kwh=0.64),
+        cap=Cap(),
+    )
+    total, days = made.total, made.total.seconds / day
+    assert [stage.cost.seconds / day for stage in made.stages] == pytest.approx([9.63, 5.37, 6.54], rel=0.01)
+    assert days == pytest.approx(21.54, rel=0.01)
+    assert made.from_scratch.seconds / day == pytest.approx(76.74, rel=0.01)
+    assert made.from_scratch.seconds / total.seconds == pytest.approx(3.56, rel=0.01)
+    assert days * 24 * gpus == pytest.approx(99_256, rel=0.01)
+    assert total.usd == pytest.approx(100_000, rel=0.03)
+    assert total.kwh == pytest.approx(40e3, rel=0.03)
+    assert total.kgco2e == pytest.approx(26e3, rel=0.03)
+    six_n = sum(6 * stage.parameters * stage.cost.tokens for stage in made.stages)
+    assert six_n == pytest.approx(51.8e21, rel=0.03)
+    published = sum(
+        flops.narayanan_flops(spec, 2048) * stage.cost.tokens for spec, stage in zip(specs, made.stages, strict=True)
+    )
+    assert published == pytest.approx(52.76e21, rel=0.03)
+    assert total.flops == pytest.approx(52.3e21, rel=0.06)

@@ -1,0 +1,116 @@
+"""Schedules: the cheapest way to a loss, by a law that is known."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from espalier.budget import schedule
+from espalier.budget.schedule import Size, cheapest, from_scratch, trajectory
+
+
+@dataclass(frozen=True)
+class Curve:
+    """E + a N^-alpha + b D^-beta."""
+
+    floor: float = 1.69
+    a: float = 406.4
+    b: float = 410.7
+    alpha: float = 0.34
+    beta: float = 0.28
+
+    def loss(self, parameters, tokens):
+        return self.floor + self.a * parameters**-self.alpha + self.b * tokens**-self.beta
+
+    def tokens_for(self, loss, parameters):
+        left = loss - self.floor - self.a * parameters**-self.alpha
+        return (self.b / left) ** (1 / self.beta) if left > 0 else math.inf
+
+
+LAW = Curve()
+SIZES = [Size(n, 6 * n) for n in (1e8, 3e8, 1e9, 3e9)]
+BUDGET = 1e21
+
+
+def keep(share):
+    return lambda before, after: share
+
+
+def alone(budget=BUDGET, sizes=SIZES):
+    return min(from_scratch(LAW, sizes, size, budget).loss for size in range(len(sizes)))
+
+
+@pytest.mark.parametrize("relearned", [0.0, 0.1, 0.3, 1.0, math.inf])
+@pytest.mark.parametrize("budget", [1e19, 1e21, 1e23])
+def test_it_is_never_worse_than_any_size_from_scratch_and_spends_the_budget(relearned, budget):
+    found = cheapest(LAW, SIZES, budget, keep(relearned))
+    assert found.loss <= alone(budget) + 1e-12
+    assert sum(stage.cost for stage in found.stages) == pytest.approx(budget)
+    sizes = [stage.size for stage in found.stages]
+    assert sizes == sorted(set(sizes))
+    losses = [stage.loss for stage in found.stages]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_what_is_kept_in_full_saves_and_what_begins_anew_does_not_grow():
+    free, half = (cheapest(LAW, SIZES, BUDGET, keep(share)) for share in (0.0, 0.2))
+    assert len(free.stages) > 1
+    assert free.loss < half.loss <= alone()
+    assert cheapest(LAW, SIZES, BUDGET, keep(1.0)).loss == pytest.approx(alone(), abs=1e-4)
+    assert len(cheapest(LAW, SIZES, BUDGET, keep(math.inf)).stages) == 1
+    assert schedule.saving(LAW, SIZES, free) > 1.05
+
+
+@pytest.mark.parametrize("relearned", [0.0, 0.1])
+def test_no_schedule_on_a_grid_is_clearly_better(relearned):
+    found = cheapest(LAW, SIZES, BUDGET, keep(relearned)).loss
+    parts = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8)
+    tried = [
+        schedule.spend(LAW, SIZES, [(i, part * BUDGET / SIZES[i].cost_per_token), (k, 0)], BUDGET, keep(relearned)).loss
+        for i, k in itertools.combinations(range(len(SIZES)), 2)
+        for part in parts
+    ]
+    assert found <= min(tried) + 1e-4
+
+
+def test_a_fixed_cost_of_a_stage_makes_stages_fewer():
+    free = cheapest(LAW, SIZES, BUDGET, keep(0.0))
+    dear = cheapest(LAW, [Size(s.parameters, s.cost_per_token, 0.2 * BUDGET) for s in SIZES], BUDGET, keep(0.0))
+    assert len(dear.stages) < len(free.stages)
+
+
+def test_growth_takes_the_size_that_gains_most_for_its_cost():
+    """Where nothing has to be learned again, the model grows where the larger size begins to gain more per FLOP."""
+    found = cheapest(LAW, SIZES, BUDGET, keep(0.0))
+
+    def gain(size, loss):
+        tokens = LAW.tokens_for(loss, size.parameters)
+        slope = LAW.b * LAW.beta * tokens ** (-LAW.beta - 1)
+        return slope / size.cost_per_token
+
+    for before, after in itertools.pairwise(found.stages):
+        one, other = (gain(SIZES[stage.size], before.loss) for stage in (before, after))
+        assert one == pytest.approx(other, rel=0.05)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(1e8, 1e11), min_size=1, max_size=4), st.floats(0, 1))
+def test_a_trajectory_learns_on_from_what_it_keeps(tokens, share):
+    stages = list(enumerate(tokens))
+    found = trajectory(LAW, SIZES, stages, keep(share))
+    for (size, more), stage in zip(stages, found.stages, strict=True):
+        assert stage.loss <= LAW.loss(SIZES[size].parameters, more) + 1e-12  # never behind one that begins anew
+        assert stage.cost == pytest.approx(6 * SIZES[size].parameters * more)
+    assert found.tokens == pytest.approx(sum(tokens))
+    assert schedule.growth_points(found) == pytest.approx(list(itertools.accumulate(tokens))[:-1])
+    assert sum(schedule.shares(found)) == pytest.approx(1)
+
+
+def test_a_budget_that_pays_for_nothing_gives_none():
+    sizes = [Size(1e8, 6e8, ready=10.0)]
+    assert cheapest(LAW, sizes, 5.0, keep(0.0)) is None
+    assert from_scratch(LAW, sizes, 0, 5.0) is None
+    assert schedule.spend(LAW, sizes, [(0, 1.0)], 5.0, keep(0.0)) is None
