@@ -157,6 +157,31 @@ def test_an_arm_is_refused_what_a_stage_is_refused(recipe, setting):
         compare.CompareRecipe.model_validate(values)
 
 
+def longer(recipe, **changes):
+    """The recipe with a path of three stages."""
+    path = [{"num_hidden_layers": layers, "duration": share} for layers, share in ((1, "20%"), (2, "30%"), (3, "50%"))]
+    run = type(recipe.run).model_validate(recipe.run.model_dump() | {"stages": path})
+    return recipe.model_copy(update={"run": run} | changes)
+
+
+def test_a_size_between_is_a_baseline_that_growth_has_to_beat_too(recipe):
+    several = longer(recipe, between=(2,), rates=recipe.rates.model_copy(update={"between": (0.02,)}))
+    baselines = {way.name: way for way in several.ways() if way.kind == "baseline"}
+    assert list(baselines) == [compare.LARGE, compare.SMALL, "stage 2 only"]
+    middle = baselines["stage 2 only"]
+    assert [stage.num_hidden_layers for stage in middle.stages] == [2]
+    assert middle.flops == several.flops
+    assert several.tried(middle) == (0.02,)
+    untold = longer(recipe, between=(2,))
+    assert untold.tried(middle) == untold.rates.large
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3, 4])
+def test_the_ends_of_the_path_are_not_between(recipe, stage):
+    with pytest.raises(RecipeError, match="between"):
+        longer(recipe, between=(stage,)).ways()
+
+
 def test_rates_at_which_all_diverge_are_refused(recipe, tmp_path):
     rates = recipe.rates.model_copy(update={"large": (1e30,)})
     bad = recipe.model_copy(update={"rates": rates, "arms": {"stack": recipe.arms["stack"]}, "seeds": (1,)})

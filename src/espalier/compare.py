@@ -62,14 +62,17 @@ class RatesRecipe(Recipe):
     large: Rates
     small: Rates
     grown: Rates
+    between: Rates | None = Field(default=None, description="those of large, if not stated")
 
 
 class CompareRecipe(Recipe):
     """What is compared, on how much training.
 
-    run    what every way is told, as in `espalier run`; its stages are the growth path, with shares as durations
-    flops  of each baseline's training; the grown ways have `share` of it, their first stages counted
-    arms   settings by name; if none are stated, every operator that can take the path
+    run      what every way is told, as in `espalier run`; its stages are the growth path, with shares as durations
+    flops    of each baseline's training; the grown ways have `share` of it, their first stages counted
+    between  stages of the path, counted from 1, whose size is trained from scratch too: where the large model has just
+             overtaken the small one, a size between them may beat both
+    arms     settings by name; if none are stated, every operator that can take the path
     """
 
     run: PlannedRecipe
@@ -77,6 +80,7 @@ class CompareRecipe(Recipe):
     share: float = Field(default=1.0, gt=0, le=1)
     rates: RatesRecipe
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 2, 3)
+    between: tuple[int, ...] = ()
     arms: dict[str, ArmRecipe] = Field(default_factory=dict)
     workers: int = Field(default=1, ge=1, description="trials side by side, each in a process of its own")
 
@@ -84,16 +88,35 @@ class CompareRecipe(Recipe):
         """Both baselines and every arm, each checked to be possible."""
         require_shares(self.run)
         path = self.run.stages
-        whole = {"duration": "100%"}
-        large, small = (path[at].model_copy(update=whole) for at in (-1, 0))
-        ways = [Way(LARGE, "baseline", (large,), self.flops), Way(SMALL, "baseline", (small,), self.flops)]
+        alone = {LARGE: len(path), SMALL: 1} | {_only(stage): stage for stage in self._between()}
+        ways = [
+            Way(name, "baseline", (path[stage - 1].model_copy(update={"duration": "100%"}),), self.flops)
+            for name, stage in alone.items()
+        ]
         arms = {name: arm.stages(path) for name, arm in self.arms.items()} or dict(_possible(self.run))
         return ways + [Way(name, "arm", stages, self.share * self.flops) for name, stages in arms.items()]
 
     def tried(self, way: Way) -> tuple[float, ...]:
         """The rates to try for a way."""
         own = {name: arm.rates for name, arm in self.arms.items() if arm.rates}
+        own |= {_only(stage): self.rates.between or self.rates.large for stage in self.between}
         return ({LARGE: self.rates.large, SMALL: self.rates.small} | own).get(way.name, self.rates.grown)
+
+    def _between(self) -> tuple[int, ...]:
+        last = len(self.run.stages)
+        if outside := [stage for stage in self.between if not 1 < stage < last]:
+            raise RecipeError(
+                "between",
+                found=f"stage {outside[0]} of a path of {last}",
+                expected=f"stages 2 to {last - 1}" if last > 2 else "none: the path has no stage between its ends",
+                mend="Leave it out; the first and the last stage are baselines anyway.",
+            )
+        return self.between
+
+
+def _only(stage: int) -> str:
+    """The name of the way that trains one stage's size from scratch."""
+    return f"stage {stage} only"
 
 
 def _possible(told: PlannedRecipe) -> Iterable[tuple[str, tuple[StageRecipe, ...]]]:

@@ -47,7 +47,8 @@ class Size:
     ready: float = 0.0
 
 
-# The share of a grown model's way so far that it has to learn again: 0 keeps all, 1 begins anew, infinite is not allowed.
+# By the sizes before and after: the share of its way so far that a grown model has to learn again. 0 keeps all, 1 begins
+# anew, infinity forbids the growth.
 Relearned = Callable[[int, int], float]
 
 
@@ -200,7 +201,7 @@ def growth_points(schedule: Schedule) -> list[float]:
 
 
 def saving(law: Law, sizes: Sequence[Size], schedule: Schedule) -> float:
-    """Cost of the same loss at the final size from scratch, over the schedule's cost: FLM-101B's 3.56 is of this kind."""
+    """Cost of the same loss at the final size from scratch, over the schedule's cost; infinite if it can't get there."""
     last = sizes[schedule.stages[-1].size]
     alone = last.ready + last.cost_per_token * law.tokens_for(schedule.loss, last.parameters)
     return alone / sum(stage.cost for stage in schedule.stages)
