@@ -82,6 +82,20 @@ def test_a_fixed_cost_of_a_stage_makes_stages_fewer():
     assert len(dear.stages) < len(free.stages)
 
 
+def test_what_follows_makes_the_final_model_smaller():
+    """Serving costs by the parameter: the more of it, the smaller the model and the more tokens it is trained on."""
+    finals, parameters = [], []
+    for served in (0.0, 3e11, 1e12):
+        sizes = [Size(s.parameters, s.cost_per_token, after=served * s.parameters) for s in SIZES]
+        found = cheapest(LAW, sizes, BUDGET, keep(0.1))
+        last = sizes[found.stages[-1].size]
+        assert sum(stage.cost for stage in found.stages) + last.after == pytest.approx(BUDGET)
+        finals.append(found.loss)
+        parameters.append(last.parameters)
+    assert parameters[0] > parameters[1] > parameters[2]
+    assert finals == sorted(finals)
+
+
 def test_growth_takes_the_size_that_gains_most_for_its_cost():
     """Where nothing has to be learned again, the model grows where the larger size begins to gain more per FLOP."""
     found = cheapest(LAW, SIZES, BUDGET, keep(0.0))

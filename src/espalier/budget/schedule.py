@@ -40,15 +40,17 @@ class Size:
     parameters      as the law counts them
     cost_per_token  of training
     ready           cost of beginning to train it, whatever comes before: compiling, a first evaluation
+    after           cost of what follows if it is the final size, such as serving it
     """
 
     parameters: float
     cost_per_token: float
     ready: float = 0.0
+    after: float = 0.0
 
 
-# By the sizes before and after: the share of its way so far that a grown model has to learn again. 0 keeps all, 1 begins
-# anew, infinity forbids the growth.
+# By the sizes before and after: the share of its way so far that a grown model learns again.
+# 0 keeps all, 1 begins anew, infinity forbids the growth.
 Relearned = Callable[[int, int], float]
 
 
@@ -64,7 +66,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages in order; their costs add up to the budget."""
+    """Stages in order; their costs, and what follows the last, add up to the budget."""
 
     stages: tuple[Stage, ...]
 
@@ -78,11 +80,8 @@ class Schedule:
 
 
 def from_scratch(law: Law, sizes: Sequence[Size], size: int, budget: float) -> Schedule | None:
-    """All of the budget on one size; None if it doesn't pay for getting ready."""
-    tokens = (budget - sizes[size].ready) / sizes[size].cost_per_token
-    if tokens <= 0:
-        return None
-    return Schedule((Stage(size, tokens, law.loss(sizes[size].parameters, tokens), budget),))
+    """All of the budget on one size; None if it doesn't pay for getting ready and what follows."""
+    return spend(law, sizes, [(size, 0.0)], budget, lambda before, after: math.inf)
 
 
 def trajectory(law: Law, sizes: Sequence[Size], stages: Sequence[tuple[int, float]], relearned: Relearned) -> Schedule:
@@ -119,7 +118,7 @@ def spend(
     """Stages of (size, tokens), the last one lengthened or shortened so that the budget is spent; None if it can't."""
     before = sum(sizes[size].ready + tokens * sizes[size].cost_per_token for size, tokens in stages[:-1])
     last = sizes[stages[-1][0]]
-    tokens = (budget - before - last.ready) / last.cost_per_token
+    tokens = (budget - before - last.ready - last.after) / last.cost_per_token
     if tokens <= 0:
         return None
     return trajectory(law, sizes, [*stages[:-1], (stages[-1][0], tokens)], relearned)
@@ -160,7 +159,10 @@ def _sweep(
             if grown[nearest] < cost[size]:
                 cost[size], came_from[row, size] = grown[nearest], nearest
         costs[row] = cost
-    return [_back(size, costs[:, size], came_from, tokens, again, budget) for size in range(len(sizes))]
+    return [
+        _back(number, costs[:, number] + size.after, came_from, tokens, again, budget)
+        for number, size in enumerate(sizes)
+    ]
 
 
 def _back(
@@ -201,7 +203,7 @@ def growth_points(schedule: Schedule) -> list[float]:
 
 
 def saving(law: Law, sizes: Sequence[Size], schedule: Schedule) -> float:
-    """Cost of the same loss at the final size from scratch, over the schedule's cost; infinite if it can't get there."""
+    """Cost of the same loss at the final size from scratch, over the schedule's; infinite if that can't get there."""
     last = sizes[schedule.stages[-1].size]
     alone = last.ready + last.cost_per_token * law.tokens_for(schedule.loss, last.parameters)
     return alone / sum(stage.cost for stage in schedule.stages)
