@@ -90,16 +90,21 @@ class StageRecipe(ShapeRecipe):
     rate: RateFactor = 1.0
 
 
-class GrowthRecipe(Recipe):
-    """Everything about the model and its training; data and budget come on top in the pipeline's recipe."""
+class TrainingRecipe(Recipe):
+    """What training is told whatever its stages are."""
 
     seed: int = 1
     model: ModelRecipe = ModelRecipe()
-    stages: tuple[StageRecipe, ...] = Field(min_length=1)
     parametrization: Parametrization = Parametrization()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     train: TrainRecipe = TrainRecipe()
+
+
+class GrowthRecipe(TrainingRecipe):
+    """Everything about the model and its training; data and budget come on top in the pipeline's recipe."""
+
+    stages: tuple[StageRecipe, ...] = Field(min_length=1)
 
     def durations(self) -> list[Duration]:
         return [Duration.parse(stage.duration) for stage in self.stages]
