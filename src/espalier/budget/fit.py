@@ -324,7 +324,7 @@ def view(law: Law, run: Run, recipe: Recipe) -> View:
         headline=headline,
         law=lines(law),
         recipe=dump(recipe),
-        notes=[*_notes(law), "Bands hold 95% of single runs, by bootstrap."],
+        notes=_notes(law),
     )
 
 
