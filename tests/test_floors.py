@@ -21,7 +21,7 @@ FLOORS = (
     {"planner", "story"},
     {"pipeline"},
     {"trials"},
-    {"compare"},
+    {"compare", "ladder"},
     {"cli"},
     {"__main__"},
 )

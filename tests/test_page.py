@@ -25,6 +25,8 @@ from espalier.page import (
     Estimate,
     Figure,
     GrowthPoint,
+    LawLine,
+    LawPoint,
     PlanRow,
     Point,
     Sample,
@@ -623,3 +625,52 @@ def test_a_browser_names_ends_apart_and_brings_out_the_curve_asked_for(tmp_path,
     tip = f"tip small only {view.curves[1].points[-2].loss:.3f}"
     expected = [f"{named} apart", "lit 3", "lit ", tip, "lit 1", "11 differences", "fits"]
     assert title_after(COMPARED_PROBE, view, tmp_path, width) == expected
+
+
+def law_view() -> View:
+    """Two lines of a loss law with three runs each."""
+    sizes = [10.0**n for n in range(4, 9)]
+    lines = [
+        LawLine(
+            f"{name} & more",
+            [LawPoint(n, loss, (loss - 0.1, loss + 0.1)) for n in sizes for loss in [floor + 20 * n**-0.25]],
+            [LawPoint(n, floor + 20 * n**-0.25) for n in sizes[:3]],
+        )
+        for name, floor in (("short", 2.0), ("long", 1.5))
+    ]
+    return View("law", "", "", law=lines)
+
+
+def test_a_law_is_drawn_within_its_axes_and_says_its_intervals():
+    page = Reader(render(law_view()))
+    chart = page.charts["law"]
+    assert page.headings == {"law"} and [line["name"] for line in chart["lines"]] == ["short & more", "long & more"]
+    for line in chart["lines"]:
+        assert (len(line["points"]), len(line["runs"])) == (5, 3)
+        for point in line["points"]:
+            assert chart["y"]["low"] < point["interval"][0] < point["interval"][1] < chart["y"]["high"]
+            assert chart["x"]["low"] <= point["parameters"] <= chart["x"]["high"]
+            assert "95% between" in point["told"][1] and "parameters" in point["told"][-1]
+    assert Reader(render(example_view())).charts["law"] is None
+
+
+LAW_PROBE = """<script>
+const said = [];
+window.addEventListener("error", (event) => said.push("ERROR " + event.message));
+setTimeout(() => {
+  const count = (what) => document.querySelectorAll("#law-chart " + what).length;
+  said.push(count(".dot") + " runs", count(".validation") + " lines", count(".band") + " bands");
+  const chart = document.querySelector("#law-chart svg");
+  for (const key of ["End", "ArrowDown"]) chart.dispatchEvent(new KeyboardEvent("keydown", { key }));
+  said.push("tip " + document.querySelector("#law-chart .tip p").textContent);
+  said.push(document.documentElement.scrollWidth > innerWidth ? "overflows" : "fits");
+  document.title = said.join(" | ");
+}, 200);
+</script></body>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_browser_draws_a_law_and_reads_its_lines(tmp_path, width):
+    expected = ["6 runs", "2 lines", "2 bands", "tip long &amp; more: expected 1.700", "fits"]
+    assert title_after(LAW_PROBE, law_view(), tmp_path, width) == expected

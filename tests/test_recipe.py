@@ -84,8 +84,27 @@ VALUES = {
     "large": [1e-5],
     "small": [0.02],
     "grown": [0.01, 0.02],
+    "loss": 3.2,
+    "low": 1e-7,
+    "high": 2.0,
+    "fitted_up_to": 1e6,
+    "error": 1e-5,
+    "baseline": 0.1,
+    "form": "size",
+    "values": {"E": 2.0, "A": 1e-5, "alpha": 0.3},
+    "about": {"data": "null"},
+    "law": "1e5",
+    "sizes": [{"hidden_size": 32}, {"hidden_size": 64}, {"hidden_size": 128}],
+    "reference": "off",
+    "benchmark": "1:30",
+    "reference_tokens": 1e9,
 }
-BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")}
+BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
+    "Law": {"parameters": {"low": 1e5, "high": 1e7}, "tokens": {"low": 1e6, "high": 1e6}},
+    "FitRecipe": {"points": "runs.csv"},
+    "LadderRecipe": {"run": {"stages": [{"duration": "100%"}]}, "tokens": ["20x", "3M tokens"]},
+    "DensityRecipe": {"score": 0.5},
+}
 
 
 def least(kind: type[Recipe]) -> dict:

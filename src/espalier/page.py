@@ -159,6 +159,24 @@ class ArmRow:
 
 
 @dataclass(frozen=True)
+class LawPoint:
+    """A loss in nats a token at a number of parameters, with the interval in which it is expected."""
+
+    parameters: float
+    loss: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class LawLine:
+    """Losses by a law, in the order of their parameters, and those of the runs that it was fitted on."""
+
+    name: str
+    points: list[LawPoint]
+    runs: list[LawPoint]
+
+
+@dataclass(frozen=True)
 class Sample:
     """What the model wrote after a prompt."""
 
@@ -182,6 +200,7 @@ class View:
     alternatives       this run first, then what it is compared with, such as training the final size from scratch
     comparison         ways to the same model, in the order to show; their curves have the same names
     comparison_shares  the shares of the budget at which their losses were taken, the last 1.0
+    law                lines of a law of loss, each with the runs that it was fitted on
     lineage            the oldest first, this model last
     recipe             the resolved recipe as YAML
     """
@@ -194,6 +213,7 @@ class View:
     growth: list[GrowthPoint] = field(default_factory=list)
     comparison: list[ArmRow] = field(default_factory=list)
     comparison_shares: list[float] = field(default_factory=list)
+    law: list[LawLine] = field(default_factory=list)
     plan: list[PlanRow] = field(default_factory=list)
     alternatives: list[Alternative] = field(default_factory=list)
     stages: list[StageRow] = field(default_factory=list)
@@ -215,7 +235,7 @@ def render(view: View) -> str:
     loss, schedule, difference = _loss_chart(view), _schedule_chart(view), _difference_chart(view)
     return _template().render(
         view=view,
-        charts={"loss": loss, "schedule": schedule, "difference": difference},
+        charts={"loss": loss, "schedule": schedule, "difference": difference, "law": _law_chart(view.law)},
         banded=any(curve.band for curve in view.curves),
         comparison=_comparison(view),
         axes=[axis for axis in AXES if loss and axis[0] in loss["axes"]],
@@ -399,6 +419,33 @@ def _difference_chart(view: View) -> dict[str, Any] | None:
             for (name, estimate), (low, high) in zip(arms, spans, strict=True)
         ],
     }
+
+
+def _law_chart(lines: list[LawLine]) -> dict[str, Any] | None:
+    """Lines with their bands and the runs that they were fitted on, over the logarithm of the parameters."""
+    points = [point for line in lines for point in (*line.points, *line.runs)]
+    if not points:
+        return None
+    losses = [loss for point in points for loss in (point.loss, *(point.interval or ()))]
+    sizes = [point.parameters for point in points]
+    return {
+        "x": _log(min(sizes), max(sizes), "parameters"),
+        "y": _loss_axis(losses),
+        "lines": [
+            {
+                "name": line.name,
+                "hue": HUES["validation"][number % len(HUES["validation"])],
+                "points": [_told_law(f"{line.name}: expected", point) for point in line.points],
+                "runs": [_told_law(f"{line.name}: measured", point) for point in line.runs],
+            }
+            for number, line in enumerate(lines)
+        ],
+    }
+
+
+def _told_law(name: str, point: LawPoint) -> dict[str, Any]:
+    between = [f"95% between {_loss(point.interval[0])} and {_loss(point.interval[1])}"] if point.interval else []
+    return {**asdict(point), "told": [f"{name} {_loss(point.loss)}", *between, amount(point.parameters, "parameters")]}
 
 
 def _seeds(n: int) -> str:

@@ -1,3 +1,8 @@
 """Budget: what a model costs to train, in FLOPs, bytes, seconds, money, energy and carbon, before it is trained."""
 
-METHODS = {"bench": "hardware:bench"}
+METHODS = {
+    "bench": "hardware:bench",
+    "fit": "fit:budget_fit",
+    "predict": "scaling:predict",
+    "ladder": "espalier.ladder:ladder",
+}
