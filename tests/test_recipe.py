@@ -75,6 +75,7 @@ VALUES = {
     "out": "a: b #\n",
     "layers": 3,
     "before": "a",
+    "profile": "on",
     "parameters": 1e9,
     "tokens": 1e12,
     "after": "b",
@@ -85,7 +86,10 @@ VALUES = {
     "small": [0.02],
     "grown": [0.01, 0.02],
 }
-BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")}
+BEYOND = {
+    **{kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")},
+    "QueriesRecipe": {"tokens": "1e5"},
+}
 
 
 def least(kind: type[Recipe]) -> dict:

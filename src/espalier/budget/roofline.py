@@ -8,7 +8,7 @@ no kernel reaches both roofs.
 FLOPs are those of `flops.operators`. Bytes are those of kernels that read and write each number once. A product
 without weights moves activations and the cache; a mixture's weights count for the experts that a batch really hits.
 Work that is divided among devices adds up to the same: so all amounts are those of all devices together, and the
-hardware is the row for all of them. Only activations are there once on every device.
+hardware is the row for all of them. Only the hidden state is there whole on every device.
 """
 
 from __future__ import annotations
@@ -144,11 +144,11 @@ class Roofline:
 
     def prefill(self, prompt: int) -> Phase:
         """Reading prompts of `prompt` tokens, with logits at the last position only."""
-        return self._forward(new=prompt, context=prompt, heads=1)
+        return self._forward(new=prompt, context=prompt, logits=1)
 
     def decode(self, context: int) -> Phase:
         """One more token a row, which attends to `context` tokens, itself among them."""
-        return self._forward(new=1, context=context, heads=1)
+        return self._forward(new=1, context=context, logits=1)
 
     def training(self, length: int) -> Phase:
         """An AdamW step on rows of `length` tokens.
@@ -156,7 +156,7 @@ class Roofline:
         The backward pass takes two products for each of the forward, of the same size and so of the same bytes.
         Fused attention computes its scores again (a fifth product beside its four). The optimizer is in float32.
         """
-        forward = self._forward(new=length, context=length, heads=length)
+        forward = self._forward(new=length, context=length, logits=length)
         again = {"attention": 3.5, "all_reduce": 2.0}
         numbers = OPTIMIZER_NUMBERS * parameters(self.spec)
         update = self._row("optimizer", 1, weights=4 * numbers)
@@ -196,29 +196,36 @@ class Roofline:
         found = bisect_left(range(1, MOST_ROWS), True, key=turned) + 1
         return found if found < MOST_ROWS else None
 
-    def _forward(self, *, new: int, context: int, heads: int) -> Phase:
-        """A forward pass of `new` tokens a row that attend to `context` tokens, with logits of `heads` of them."""
+    def _forward(self, *, new: int, context: int, logits: int) -> Phase:
+        """A forward pass of `new` tokens a row that attend to `context` tokens, with logits at the last `logits`."""
         batch, layers = self.setting.batch, self.spec.num_hidden_layers
         rows, written = [], 0
         for op in operators(self.spec, context):
             if op.name == "scores":
                 rows += self._attention(op, new=new, context=context)
             elif op.name == "lm_head":
-                rows.append(self._product(op, batch * heads))
+                rows.append(self._product(op, batch * logits))
             elif op.inputs:
                 rows.append(self._product(op, batch * new))
                 written += op.used * op.outputs
             elif op.name in PASSES:
-                rows.append(self._elementwise(op.name, op.count, batch * new * PASSES[op.name] * self.spec.hidden_size))
-        # What a product writes passes one more operator: a rotation, an activation or a residual sum.
-        rows.append(self._elementwise("elementwise", layers, batch * new * written))
+                moved = self._activations(batch * new, whole=2 * PASSES[op.name] * self.spec.hidden_size)
+                rows.append(self._row(op.name, op.count, activations=moved))
+        # What a product writes is read and written once more, by a rotation, an activation or a residual sum.
+        whole = 2 * self.spec.hidden_size  # the two residual sums
+        moved = self._activations(batch * new, whole=2 * whole, divided=2 * (written - whole))
+        rows.append(self._row("elementwise", layers, activations=moved))
         if self.setting.devices > 1:
             rows.append(self._all_reduce(batch * new))
         return Phase(tuple(rows))
 
     def _product(self, op: Operator, tokens: int) -> Row:
-        """A product with weights; of its copies those are read that at least one token chooses."""
+        """A product with weights; of its copies those are read that at least one token chooses.
+
+        It reads or writes the hidden state on one side; the other side is divided among the devices.
+        """
         hit = op.copies * (1 - (1 - op.used / op.copies) ** tokens)
+        hidden = self.spec.hidden_size
         numbers = op.flops / 2 / op.used  # of one copy: a token takes two FLOPs for each that it meets
         return self._row(
             op.name,
@@ -226,7 +233,7 @@ class Roofline:
             kernels=hit,
             flops=tokens * op.flops,
             weights=hit * numbers * self.setting.weight_bits / 8,
-            activations=self._everywhere(tokens * op.used * (op.inputs + op.outputs)),
+            activations=self._activations(op.used * tokens, whole=hidden, divided=op.inputs + op.outputs - hidden),
         )
 
     def _attention(self, scores: Operator, *, new: int, context: int) -> list[Row]:
@@ -245,18 +252,14 @@ class Roofline:
             self._row("values", layers, flops=flops, activations=square + queries, cache=cache),
         ]
 
-    def _elementwise(self, name: str, count: int, numbers: int) -> Row:
-        """An operator that reads and writes so many numbers."""
-        return self._row(name, count, activations=self._everywhere(2 * numbers))
-
     def _all_reduce(self, tokens: int) -> Row:
         """Sums over the devices after attention and feed-forward: in a ring each sends every number almost twice."""
         sent = 2 * (1 - 1 / self.setting.devices) * tokens * self.spec.hidden_size * self.setting.activation_bits / 8
         return self._row("all_reduce", 2 * self.spec.num_hidden_layers, link=sent / self.hardware.link_bandwidth)
 
-    def _everywhere(self, numbers: float) -> float:
-        """Bytes of activations that every device reads or writes whole."""
-        return self.setting.devices * numbers * self.setting.activation_bits / 8
+    def _activations(self, tokens: int, *, whole: int, divided: int = 0) -> float:
+        """Bytes of so many numbers a token, on every device or divided among them."""
+        return tokens * (self.setting.devices * whole + divided) * self.setting.activation_bits / 8
 
     def _row(
         self,

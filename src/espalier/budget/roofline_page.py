@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ from espalier.ledger import Cost
 from espalier.page import Figure, View
 
 MILLION = 1e6
+NAMED_SHARE = 0.02  # of a phase's time, from which on a mark has its name beside it
 HUES = {"prefill": "hue-0", "decode": "hue-1"}
 
 
@@ -127,7 +127,7 @@ def summary(estimate: Estimate) -> list[str]:
     first, all_in = units.duration(estimate.phases["prefill"].seconds), units.duration(estimate.seconds)
     return [
         f"{first} to the first token, then {units.significant(estimate.tokens_per_second)} tokens/s; {all_in} in all",
-        f"{needed} of {available}: {'it fits' if estimate.fits else 'it does not fit'}",
+        f"{needed} of {available}: {_fitting(estimate)}",
         "; ".join(costs),
         _turning(estimate),
     ]
@@ -150,16 +150,17 @@ def _view(estimate: Estimate, made_at: str) -> View:
     split = ", ".join(f"{name} {units.si(amount, 'B')}" for name, amount in estimate.memory.items())
     headline = [
         Figure("Tokens a second", units.significant(estimate.tokens_per_second), f"written, batch {setting.batch}"),
-        Figure("First token", units.duration(estimate.phases["prefill"].seconds), f"after {estimate.prompt:,} read"),
-        Figure("Whole query", units.duration(estimate.seconds), f"{estimate.generated:,} tokens written"),
+        Figure(
+            "First token",
+            units.duration(estimate.phases["prefill"].seconds),
+            f"after {estimate.prompt:,} read; {units.duration(estimate.seconds)} with {estimate.generated:,} written",
+        ),
         Figure(
             "A million tokens",
             units.money(million["written"].usd),
             f"written, {units.amount(million['written'].kwh, 'kwh')}; {units.money(million['read'].usd)} read",
         ),
-        Figure(
-            "Memory", units.si(needed, "B"), f"{'fits' if estimate.fits else 'too much'}: of {units.si(available, 'B')}"
-        ),
+        Figure("Memory", units.si(needed, "B"), f"of {units.si(available, 'B')}: {_fitting(estimate)}"),
     ]
     return View(
         title=f"{estimate.name} on {roofline.hardware.name}",
@@ -175,6 +176,10 @@ def _view(estimate: Estimate, made_at: str) -> View:
             "Sources": "; ".join(sorted(set(roofline.hardware.sources.values()))),
         },
     )
+
+
+def _fitting(estimate: Estimate) -> str:
+    return "it fits" if estimate.fits else "it does not fit"
 
 
 def _turning(estimate: Estimate) -> str:
@@ -201,46 +206,49 @@ def _lead(phase: Phase) -> str:
 
 
 def _chart(estimate: Estimate) -> dict[str, Any]:
-    """What the script needs: axes with written ticks, the roof's corners, and a mark for every product."""
+    """What the script needs: axes with written ticks, the roof's corners, and marks for the products."""
     roofline, titles = estimate.roofline, estimate.titles()
     hardware, ridge = roofline.hardware, roofline.ridge
     peak = hardware.peak_flops[roofline.setting.peak]
-    products = {name: [row for row in estimate.phases[name].rows if row.flops] for name in HUES}
-    every = [row for rows in products.values() for row in rows]
-    low = min(ridge, *(row.intensity for row in every)) / 2
-    high = max(ridge, *(row.intensity for row in every)) * 4
-    slowest = min(low * hardware.memory_bandwidth, *(_speed(row) for row in every))
+    marks = {name: _marks(name, estimate.phases[name]) for name in HUES}
+    every = [mark for drawn in marks.values() for mark in drawn]
+    low = min(ridge, *(mark["intensity"] for mark in every)) / 2
+    high = max(ridge, *(mark["intensity"] for mark in every)) * 4
+    slowest = min(low * hardware.memory_bandwidth, *(mark["speed"] for mark in every))
     return {
         "x": page.log_axis(low, high, ""),
-        "y": page.log_axis(slowest / 1.5, 2 * peak, "flops"),
+        "y": page.log_axis(slowest / 5, 1.5 * peak, "flops"),
         "roof": [[low, low * hardware.memory_bandwidth], [ridge, peak], [high, peak]],
         "ridge": {"at": ridge, "speed": peak, "text": f"ridge {units.significant(ridge)}"},
-        "phases": [
-            {
-                "name": titles[name],
-                "hue": HUES[name],
-                "marks": [_mark(name, row, estimate.phases[name]) for row in _drawn(rows)],
-            }
-            for name, rows in products.items()
-        ],
+        "phases": [{"name": titles[name], "hue": HUES[name], "marks": drawn} for name, drawn in marks.items()],
     }
 
 
-def _drawn(rows: Iterable[Row]) -> list[Row]:
-    """Large marks first, so that none hides a smaller one."""
-    return sorted(rows, key=lambda row: -row.seconds)
+def _marks(name: str, phase: Phase) -> list[dict[str, Any]]:
+    """The products of a phase, those that would cover one another in one mark, from left to right."""
+    places: dict[tuple[str, str], list[Row]] = {}
+    for row in phase.rows:
+        if row.flops:
+            place = units.significant(row.intensity, 2), units.significant(_speed(row), 2)
+            places.setdefault(place, []).append(row)
+    return sorted((_mark(name, Phase(tuple(rows)), phase) for rows in places.values()), key=_left)
 
 
-def _mark(name: str, row: Row, phase: Phase) -> dict[str, Any]:
-    texts = _texts(row, phase)
+def _left(mark: dict[str, Any]) -> float:
+    return mark["intensity"]
+
+
+def _mark(name: str, here: Phase, phase: Phase) -> dict[str, Any]:
+    names, share = ", ".join(row.name for row in here.rows), here.seconds / phase.seconds
     told = [
-        f"{row.name}, {name}",
-        f"{texts['flops']}, {texts['bytes']}",
-        f"{texts['intensity']} FLOPs a byte",
-        f"{texts['time']}, {texts['share']} of the phase",
-        f"bound by {row.bound}",
+        f"{names} ({name})",
+        f"{units.si(here.flops, 'FLOP')}, {units.si(here.bytes, 'B')}",
+        f"{_intensity(here)} FLOPs a byte",
+        f"{units.duration(here.seconds)}, {share:.1%} of the phase",
+        f"bound by {here.bound}",
     ]
-    return {"intensity": row.intensity, "speed": _speed(row), "share": row.seconds / phase.seconds, "told": told}
+    at = {"intensity": here.flops / here.bytes, "speed": _speed(here)}
+    return {**at, "name": names if share > NAMED_SHARE else "", "share": share, "told": told}
 
 
 def _texts(row: Row, phase: Phase) -> dict[str, str]:
@@ -259,9 +267,9 @@ def _intensity(work: Row | Phase) -> str:
     return units.significant(work.flops / work.bytes) if work.flops else "–"
 
 
-def _speed(row: Row) -> float:
+def _speed(work: Row | Phase) -> float:
     """FLOP/s, overhead included."""
-    return row.flops / row.seconds
+    return work.flops / work.seconds
 
 
 def _record(row: Row) -> dict[str, Any]:
