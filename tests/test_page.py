@@ -491,7 +491,7 @@ positive = st.floats(1e-9, 1e27)
 @given(positive, positive, st.sampled_from(["flops", "tokens", "usd", "seconds"]))
 def test_ticks_lie_on_their_axis_in_order_and_are_few(one, other, unit):
     low, high = min(one, other), max(one, other)
-    for axis in (page._linear(0, high, unit), page._log(low, high, unit)):
+    for axis in (page._linear(0, high, unit), page.log_axis(low, high, unit)):
         ticks = [at for at, _ in axis["ticks"]]
         assert axis["low"] < axis["high"]
         assert all(axis["low"] <= at <= axis["high"] for at in ticks)

@@ -75,6 +75,7 @@ VALUES = {
     "out": "a: b #\n",
     "layers": 3,
     "before": "a",
+    "profile": "on",
     "parameters": 1e9,
     "tokens": 1e12,
     "after": "b",
@@ -104,6 +105,7 @@ BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "Identi
     "FitRecipe": {"points": "runs.csv"},
     "LadderRecipe": {"run": {"stages": [{"duration": "100%"}]}, "tokens": ["20x", "3M tokens"]},
     "DensityRecipe": {"score": 0.5},
+    "QueriesRecipe": {"tokens": "1e5"},
 }
 
 

@@ -233,7 +233,7 @@ def save(view: View, path: Path) -> None:
 def render(view: View) -> str:
     """The page as HTML; equal views give equal text."""
     loss, schedule, difference = _loss_chart(view), _schedule_chart(view), _difference_chart(view)
-    return _template().render(
+    return template("page.html").render(
         view=view,
         charts={"loss": loss, "schedule": schedule, "difference": difference, "law": _law_chart(view.law)},
         banded=any(curve.band for curve in view.curves),
@@ -245,7 +245,8 @@ def render(view: View) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of the package: page.html, or one that extends it by blocks of its own and so shares its style."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -256,7 +257,7 @@ def _template() -> jinja2.Template:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters.update(amount=_known(amount), count=count, duration=duration, loss=_known(_loss), si=si)
     environment.filters.update(ratio=_ratio, result=_result, share=_share, significant=significant)
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _known(write: Any) -> Any:
@@ -311,7 +312,7 @@ def _loss_chart(view: View) -> dict[str, Any] | None:
         positive = [value for value in (getattr(point, name) for point in spent) if value]
         if positive:
             low, high = min(positive), max(positive)
-            axes[name] = {"title": title, "linear": _linear(0, high, name), "log": _log(low, high, name)}
+            axes[name] = {"title": title, "linear": _linear(0, high, name), "log": log_axis(low, high, name)}
     if not points or not axes:
         return None
     around = [loss for point in view.growth for loss in (point.loss_before, point.loss_after)]
@@ -535,7 +536,7 @@ def _linear(low: float, high: float, unit: str) -> dict[str, Any]:
     return {"low": low, "high": high, "log": False, "ticks": _written(_multiples(low, high, unit), unit)}
 
 
-def _log(low: float, high: float, unit: str) -> dict[str, Any]:
+def log_axis(low: float, high: float, unit: str) -> dict[str, Any]:
     """A logarithmic axis around positive values, ticked by decades, 1-2-5 or linear steps as the span asks."""
     if high < 1.05 * low:  # ticks so near one another would read the same
         low, high = low / 2, high * 2

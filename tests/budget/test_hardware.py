@@ -19,7 +19,10 @@ from espalier.budget import hardware
 from espalier.errors import RecipeError
 from espalier.run import Run
 
-FIGURES = {field.name for field in fields(hardware.Hardware)} - {"name", "kind", "count", "sources", "busy_cores"}
+# What every row of the catalogue states; a GPU also states how fast its link is. Only a benchmark finds the rest.
+MEASURED = {"busy_cores", "kernel_seconds"}
+FIGURES = {field.name for field in fields(hardware.Hardware)} - {"name", "kind", "count", "sources", *MEASURED}
+STATED = {"cpu": FIGURES - {"link_bandwidth"}, "cuda": FIGURES}
 
 
 def own(home, text):
@@ -47,7 +50,7 @@ def measured(monkeypatch, row):
 
 def test_every_figure_in_the_catalogue_says_where_it_comes_from_and_when(tmp_path):
     for key, row in hardware.catalogue(tmp_path).items():
-        assert set(row.sources) == FIGURES, key
+        assert set(row.sources) == STATED[row.kind], key
         for source in row.sources.values():
             assert re.match(r"(measured|estimated) \d{4}-\d\d(-\d\d)?: \w+", source), (key, source)
 
@@ -55,7 +58,38 @@ def test_every_figure_in_the_catalogue_says_where_it_comes_from_and_when(tmp_pat
 def test_every_row_has_positive_figures(tmp_path):
     for key, row in hardware.catalogue(tmp_path).items():
         assert all(row.peak_flops.values()), key
-        assert all(getattr(row, figure) for figure in FIGURES), key
+        assert all(getattr(row, figure) for figure in STATED[row.kind]), key
+
+
+def test_the_figures_of_every_row_are_plausible(tmp_path):
+    """Wide bounds, in which a wrong prefix or unit would stand out."""
+    for key, row in hardware.catalogue(tmp_path).items():
+        float32, bfloat16 = row.peak_flops["float32"], row.peak_flops["bfloat16"]
+        assert 1 <= bfloat16 / float32 <= 32, key
+        assert 2 <= bfloat16 / row.memory_bandwidth <= 500, f"{key}: FLOPs a byte"
+        assert 1 / 1000 <= row.memory_bytes / row.memory_bandwidth <= 2, f"{key}: seconds to read the memory"
+        assert 1 / 100 <= row.link_bandwidth / row.memory_bandwidth <= 1 / 3 or row.kind == "cpu", key
+        assert 1e9 <= bfloat16 / row.watts <= 5e12, f"{key}: FLOP/J"
+        assert 0.01 <= row.usd_per_hour / row.watts * 100 <= 3, f"{key}: USD an hour for 100 W"
+
+
+@pytest.mark.parametrize(
+    ("figure", "order"),
+    [
+        ("peak_flops", "t4 a10 a40 l40 l40s"),
+        ("peak_flops", "v100-32g a100-40g h100-80g mi300x b200"),
+        ("peak_flops", "vcpu laptop-cpu epyc-9654 xeon-8480"),
+        ("memory_bytes", "t4 v100-32g a100-40g a100-80g h200 b200 mi300x"),
+        ("memory_bandwidth", "vcpu laptop-cpu l4 a10 a40 l40s v100-32g a100-40g a100-80g h100-80g h200 mi300x b200"),
+        ("memory_bandwidth", "rtx-3090 rtx-4090 rtx-5090"),
+        ("link_bandwidth", "t4 a40 v100-32g a800-80g a100-80g mi300x h100-80g b200"),
+        ("usd_per_hour", "t4 l4 l40s a100-40g a100-80g h100-80g h200 b200"),
+    ],
+)
+def test_devices_stand_in_the_order_that_their_makers_give_them(tmp_path, figure, order):
+    rows = [hardware.catalogue(tmp_path)[key] for key in order.split()]
+    figures = [row.peak_flops["bfloat16"] if figure == "peak_flops" else getattr(row, figure) for row in rows]
+    assert figures == sorted(set(figures))
 
 
 def test_the_users_figures_lie_over_the_shipped_ones_and_say_so(tmp_path):
@@ -129,7 +163,9 @@ def test_measure_finds_speed_memory_and_price_of_this_machine(tmp_path, monkeypa
     assert all(1e9 < peak < 1e12 * row.count for peak in row.peak_flops.values())
     assert 1e8 < row.memory_bandwidth < 1e12
     assert torch.get_num_threads() == threads
-    for figure in ("peak_flops", "memory_bytes", "memory_bandwidth"):
+    # An operator takes between 100 ns and 1 ms to start, whatever the load.
+    assert 1e-7 < row.kernel_seconds < 1e-3
+    for figure in ("peak_flops", "memory_bytes", "memory_bandwidth", "kernel_seconds"):
         assert re.match(r"measured \d{4}-\d\d-\d\d on \d+ of \d+ cores", row.sources[figure])
         assert f" on {threads + 1} of " in row.sources[figure]
     assert all(row.sources[figure].startswith("estimated") for figure in ("watts", "usd_per_hour", "kgco2e_per_kwh"))
@@ -151,12 +187,40 @@ def test_the_cores_of_a_cpu_are_priced_together(tmp_path, row, monkeypatch):
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx-4090"),
         ("NVIDIA Quite New", "gpu"),
+        ("NVIDIA A10G", "a10"),
+        ("NVIDIA A40", "a40"),
+        ("NVIDIA RTX A4000", "gpu"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40g"),
+        ("NVIDIA B200", "b200"),
     ],
 )
 def test_gpus_are_priced_by_the_row_that_fits_their_name(tmp_path, name, key):
     row = hardware.catalogue(tmp_path)[key]
     prices = hardware._prices(name, "cuda", 8, tmp_path)
     assert (prices["watts"], prices["usd_per_hour"]) == (8 * row.watts, 8 * row.usd_per_hour)
+    assert prices["link_bandwidth"] == row.link_bandwidth, "of each device"
+
+
+@pytest.mark.parametrize(("key", "count", "devices"), [("h100-80g", 1, 8), ("h100-80g", 4, 1), ("laptop-cpu", 8, 1)])
+def test_a_part_of_a_row_has_its_share_of_everything_that_adds_up(tmp_path, key, count, devices):
+    row = replace(hardware.catalogue(tmp_path)[key], count=count, kernel_seconds=1e-6)
+    part = row.part(devices)
+    share = devices if row.kind == "cpu" else devices / count
+    assert part.peak_flops == pytest.approx({dtype: share * peak for dtype, peak in row.peak_flops.items()})
+    for figure in ("memory_bytes", "memory_bandwidth", "watts", "usd_per_hour"):
+        assert getattr(part, figure) == pytest.approx(share * getattr(row, figure))
+    assert (part.kernel_seconds, part.link_bandwidth) == (row.kernel_seconds, row.link_bandwidth)
+    assert part.count == (devices if row.kind == "cuda" else devices * count)
+    assert row.part(count if row.kind == "cuda" else 1) == row
+
+
+def test_hardware_is_found_by_its_key_and_the_machine_at_hand_by_here(tmp_path, measured):
+    assert hardware.named("l4", home=tmp_path) == hardware.catalogue(tmp_path)["l4"]
+    assert hardware.named("here", home=tmp_path).name == "a bench"
+    with pytest.raises(RecipeError, match="l4"):
+        hardware.named("l5", home=tmp_path)
 
 
 def test_this_machine_is_measured_once(tmp_path, measured):

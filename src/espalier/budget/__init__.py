@@ -1,8 +1,11 @@
-"""Budget: what a model costs to train, in FLOPs, bytes, seconds, money, energy and carbon, before it is trained."""
+"""Budget: what a model costs to train and to ask, in FLOPs, bytes, seconds, money, energy and carbon, beforehand."""
 
 METHODS = {
     "bench": "hardware:bench",
     "fit": "fit:budget_fit",
     "predict": "scaling:predict",
     "ladder": "espalier.ladder:ladder",
+    "roofline": "verbs:roofline",
+    "profile": "espalier.infer.profile:profile",
+    "queries": "verbs:queries",
 }

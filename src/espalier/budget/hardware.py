@@ -10,9 +10,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,8 @@ REMEMBERED = "hardware.json"  # in home: the last benchmark
 BFLOAT16_PAYS = 1.2  # a smaller gain in products is eaten by the casts of autocast
 FIRST_SIZE, LAST_SIZE = 512, 16_384  # of the square matrices in the benchmark
 COPY_NUMBERS = 64 * 2**20  # float32 numbers copied in the benchmark: 256 MiB, more than caches hold
+MEASURED = ("peak_flops", "memory_bytes", "memory_bandwidth", "kernel_seconds")
+TINY_SIZE, TINY_CALLS = 64, 200  # of the layer whose time is nothing but overhead, and calls of it in a row
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -53,6 +56,8 @@ class Hardware:
     usd_per_hour      USD an hour
     kgco2e_per_kwh    kg of CO2 equivalent a kWh of the grid
     busy_cores        cores that others used while it was measured: its figures are too low by as much
+    kernel_seconds    s that an operator takes however little it computes; 0 where nobody measured it
+    link_bandwidth    B/s that one device sends to another, one way; 0 for a device that stands alone
     sources           for each figure 'measured' or 'estimated' and a date, how, or 'stated' and by which file
     """
 
@@ -69,6 +74,21 @@ class Hardware:
     kgco2e_per_kwh: Amount
     sources: dict[str, str]
     busy_cores: Annotated[int, Field(ge=0)] = 0
+    kernel_seconds: Amount = 0.0
+    link_bandwidth: Amount = 0.0
+
+    def part(self, devices: int) -> Hardware:
+        """The row for `devices` GPUs of its kind, or for as many machines as this one if it is a CPU."""
+        share = devices / (self.count if self.kind == "cuda" else 1)
+        return replace(
+            self,
+            count=devices if self.kind == "cuda" else self.count * devices,
+            peak_flops={dtype: peak * share for dtype, peak in self.peak_flops.items()},
+            memory_bytes=round(self.memory_bytes * share),
+            memory_bandwidth=self.memory_bandwidth * share,
+            watts=self.watts * share,
+            usd_per_hour=self.usd_per_hour * share,
+        )
 
 
 class Grid(Recipe):
@@ -121,6 +141,21 @@ def here(*, home: Path) -> Hardware:
     return _stated(priced, _own(home).here, home, "here")
 
 
+def named(key: str, *, home: Path) -> Hardware:
+    """The row of the catalogue, or for "here" the machine at hand; an unknown key is refused with the known ones."""
+    if key == "here":
+        return here(home=home)
+    rows = catalogue(home)
+    if key not in rows:
+        raise RecipeError(
+            "hardware",
+            found=repr(key),
+            expected=f"here, or one of {', '.join(rows)}",
+            mend=f"Choose one, or add a row to {home / OWN}.",
+        )
+    return rows[key]
+
+
 def remember(hardware: Hardware, home: Path) -> None:
     """Keep a benchmark of this machine for later calls of `here`."""
     with files.disk_errors(home):
@@ -163,7 +198,8 @@ def measure(*, seconds: float = 3.0, home: Path | None = None) -> Hardware:
     torch.set_num_threads(cores)
     try:
         peaks = {dtype: _product_rate(torch, kind, dtype, 0.4 * seconds) for dtype in ("float32", "bfloat16")}
-        bandwidth = _copy_rate(torch, kind, 0.2 * seconds)
+        bandwidth = _copy_rate(torch, kind, 0.15 * seconds)
+        overhead = _tiny_seconds(torch, kind, 0.05 * seconds)
     finally:
         torch.set_num_threads(threads)
     if kind == "cuda":
@@ -176,7 +212,7 @@ def measure(*, seconds: float = 3.0, home: Path | None = None) -> Hardware:
         on = f"{cores} of {count} cores"
     how = f"measured {date.today()} on {on} with torch {torch.__version__}"
     prices = _prices(name, kind, count, home or files.home())
-    prices["sources"] |= dict.fromkeys(("peak_flops", "memory_bytes", "memory_bandwidth"), how)
+    prices["sources"] |= dict.fromkeys(MEASURED, how)
     return Hardware(
         name=name,
         kind=kind,
@@ -185,6 +221,7 @@ def measure(*, seconds: float = 3.0, home: Path | None = None) -> Hardware:
         memory_bytes=memory * devices,
         memory_bandwidth=bandwidth * devices,
         busy_cores=count - cores if kind == "cpu" else 0,
+        kernel_seconds=overhead,
         **prices,
     )
 
@@ -196,7 +233,8 @@ def bench(recipe: BenchRecipe, run: Run) -> Hardware:
     remember(hardware, files.home())
     run.charge("bench")
     peaks = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in hardware.peak_flops.items())
-    run.tell(f"{hardware.name}: {peaks}, copies {hardware.memory_bandwidth / 1e9:,.1f} GB/s")
+    copies, least = hardware.memory_bandwidth / 1e9, hardware.kernel_seconds * 1e6
+    run.tell(f"{hardware.name}: {peaks}, copies {copies:,.1f} GB/s, {least:,.1f} µs at least an operator")
     return hardware
 
 
@@ -230,6 +268,23 @@ def _copy_rate(torch: Any, device: str, seconds: float) -> float:
     return best
 
 
+def _tiny_seconds(torch: Any, device: str, seconds: float) -> float:
+    """Seconds an operator: the best rate of a layer called on one token, so small that only overhead is left."""
+    layer = torch.nn.Linear(TINY_SIZE, TINY_SIZE, device=device)
+    token = torch.ones(1, TINY_SIZE, device=device)
+
+    def calls() -> None:
+        for _ in range(TINY_CALLS):
+            layer(token)
+
+    best, end = float("inf"), time.perf_counter() + seconds
+    with torch.inference_mode():
+        calls()  # the first ones load the libraries
+        while best == float("inf") or time.perf_counter() < end:
+            best = min(best, _timed(torch, calls) / TINY_CALLS)
+    return best
+
+
 def _timed(torch: Any, work: Callable[..., Any], *inputs: Any, **more: Any) -> float:
     """Seconds that `work` takes, on the GPU too."""
     begin = time.perf_counter()
@@ -240,20 +295,26 @@ def _timed(torch: Any, work: Callable[..., Any], *inputs: Any, **more: Any) -> f
 
 
 def _prices(name: str, kind: str, count: int, home: Path) -> dict[str, Any]:
-    """Money, watts and carbon of `count` cores or devices, from the row of the catalogue that fits the name."""
+    """Money, watts, carbon and links of `count` cores or devices, from the row of the catalogue that fits the name."""
     rows = catalogue(home)
     if kind == "cpu":
         row = rows["laptop-cpu" if psutil.sensors_battery() else "vcpu"]
     else:
-        fitting = [key for key in rows if all(part in name.lower() for part in key.split("-"))]
+        fitting = [key for key in rows if all(_says(name, part) for part in key.split("-"))]
         row = rows[max(fitting, key=len, default="gpu")]
-    figures = ("watts", "usd_per_hour", "kgco2e_per_kwh")
+    figures = {"watts", "usd_per_hour", "kgco2e_per_kwh", "link_bandwidth"} & row.sources.keys()
     return {
         "watts": row.watts * count / row.count,
         "usd_per_hour": row.usd_per_hour * count / row.count,
         "kgco2e_per_kwh": row.kgco2e_per_kwh,
+        "link_bandwidth": row.link_bandwidth,
         "sources": {figure: row.sources[figure] for figure in figures},
     }
+
+
+def _says(name: str, part: str) -> bool:
+    """Whether a device's name has the part of a key: "a10" is in "NVIDIA A10G", not in "NVIDIA A100"."""
+    return re.search(rf"(?<![0-9a-z]){part}(?![0-9])", name.lower()) is not None
 
 
 def _own(home: Path) -> Listing:

@@ -1,0 +1,459 @@
+"""Propose: from a sum of money, hours or energy to the growth run that spends it best, as a recipe with its reasons.
+
+A law of the loss says what sizes come to, the hardware what they cost, and `budget/schedule.py` finds the cheapest way
+through both. On this machine the sizes that matter are timed; elsewhere speeds follow from the hardware's peak.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from espalier import files, page, planner, recipe, units
+from espalier.budget import flops, hardware, price, schedule
+from espalier.budget.hardware import Hardware
+from espalier.budget.plan import BudgetRecipe
+from espalier.budget.scaling import FURTHEST, Law
+from espalier.budget.schedule import Schedule, Size
+from espalier.data.prepare import DataRecipe
+from espalier.errors import BudgetError, RecipeError
+from espalier.grow.progressive import TrainingRecipe
+from espalier.ledger import Cap, Cost, Rates
+from espalier.method import method
+from espalier.page import Alternative, Figure, StageRow, View
+from espalier.pipeline import PretrainRecipe
+from espalier.report import Report
+from espalier.run import PAGE, RESULTS, Run
+from espalier.spec import ModelSpec
+from espalier.story import shape
+
+PLANNED = "planned.yaml"
+HERE = "here"
+# Widths to choose from, in heads; layers follow from the width: published decoders have 32 (small) to 128 channels a layer.
+HEADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LEAST_ASPECT, MOST_ASPECT = 32, 128
+# Shares of the final layers from which a model is stacked.
+STARTS = (1 / 8, 1 / 4, 1 / 2)
+# Sizes this far from the best one trained from scratch are looked at.
+SMALLER, LARGER = 1 / 30, 6.0
+# A stage that took less than this share of the budget would hardly be worth its evaluations and its compiling.
+LEAST_STAGE = 0.02
+# Sizes from scratch that are offered beside the plan.
+OTHERS = 3
+# Tokens of an update by FLOPs (DeepSeek LLM, arXiv 2401.02954: fitted on 1e17 to 2e19).
+BATCH_FACTOR, BATCH_EXPONENT = 0.2920, 0.3271
+
+
+class PlanRecipe(TrainingRecipe):
+    """What is known beforehand. Training settings are handed on to the run; its stages and batch are what is planned.
+
+    budget       usd, hours, kwh, flops or tokens; of several the first one reached binds
+    hardware     "here", or a key of the catalogue, `devices` of it
+    utilization  the share of the matmul peak that training reaches there; here it is measured
+    law          a law's file, or a published one's name
+    furthest     by which factor the range of the law may be left
+    relearned    the share of its way that a model goes again after it has grown in depth; 1 leaves growth out
+    parameters   of the final model, about; the best, if not stated
+    """
+
+    name: str = Field(default="planned", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    budget: BudgetRecipe
+    data: DataRecipe = DataRecipe()
+    hardware: str = HERE
+    devices: int = Field(default=1, gt=0)
+    utilization: float = Field(default=0.4, gt=0, le=1)
+    law: str = "hoffmann-2022"
+    furthest: float = Field(default=FURTHEST, ge=1)
+    relearned: float = Field(default=0.3, ge=0, le=1)
+    parameters: float | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A size that the model may have: its FLOPs and seconds a token, and the seconds of getting ready to train it."""
+
+    spec: ModelSpec
+    flops: float
+    seconds: float
+    ready: float = 0.0
+
+    @property
+    def parameters(self) -> int:
+        return flops.parameters(self.spec)
+
+    @property
+    def full(self) -> bool:
+        """Whether it is as deep as its width wants it, and so may be the final model."""
+        return self.spec.num_hidden_layers == _depth(self.spec.hidden_size)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What training costs, and how much of it may be spent: the cap less the reserve."""
+
+    rates: Rates
+    cap: Cap
+    reserve: float
+
+    @property
+    def usable(self) -> float:
+        """The share of the cap that training may take."""
+        return 1 - self.reserve
+
+    def of(self, candidate: Candidate, tokens: float) -> Cost:
+        return self.rates.cost(tokens * candidate.seconds, tokens=tokens, flops=tokens * candidate.flops)
+
+    def size(self, candidate: Candidate, least: float) -> Size:
+        """A candidate in shares of the cap; `least` is that of beginning a stage."""
+        ready = self.cap.share_spent(self.rates.cost(candidate.ready))
+        return Size(candidate.parameters, self.cap.share_spent(self.of(candidate, 1.0)), ready=max(ready, least))
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A way to spend the budget: the stages' sizes and tokens, their cost, and the loss that the law expects."""
+
+    name: str
+    schedule: Schedule
+    stages: tuple[tuple[Candidate, float], ...]
+    cost: Cost
+    interval: tuple[float, float] | None
+
+    @property
+    def loss(self) -> float:
+        return self.schedule.loss
+
+    @property
+    def final(self) -> ModelSpec:
+        return self.stages[-1][0].spec
+
+    def told(self) -> str:
+        """The expected loss in words."""
+        between = f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})" if self.interval else ""
+        return f"{self.loss:.3f}{between}"
+
+
+@method(needs="a law of the loss for the data at hand", costs="seconds, and on this machine a few steps of some sizes")
+def plan(told: PlanRecipe, run: Run) -> Path:
+    """Plan the run that makes the best model of a sum of money, hours or energy, and write its recipe."""
+    row = _row(told)
+    prices = _prices(told, row)
+    law = Law.load(told.law)
+    candidates = _candidates(told, law, prices, row)
+    offers = _offers(told, law, candidates, prices)
+    if told.hardware == HERE:
+        candidates = _timed(told, candidates, offers, prices, row)
+        offers = _offers(told, law, candidates, prices)
+    best = offers[0]
+    _require_inside(told, law, best)
+    planned = _recipe(told, best, prices)
+    reasons = list(_reasons(told, law, row, prices, offers, planned))
+    run.tell("\n".join(reasons))
+    _tell(offers)
+    text = "".join(f"# {reason}\n" for reason in reasons) + recipe.dump(planned)
+    files.write_text(run.folder / PLANNED, text)
+    _report(run.name, offers).save(run.folder / RESULTS)
+    page.save(_view(run.name, told, row, offers, reasons, text), run.folder / PAGE)
+    return run.folder / PLANNED
+
+
+def _row(told: PlanRecipe) -> Hardware:
+    """The hardware that the plan is for."""
+    row = hardware.named(told.hardware, home=files.home())
+    return row if told.hardware == HERE else row.part(told.devices)
+
+
+def _prices(told: PlanRecipe, row: Hardware) -> Prices:
+    budget = told.budget
+    if budget.cap() == Cap():
+        raise RecipeError(
+            "budget",
+            found="no limit",
+            expected="usd, hours, kwh, flops or tokens",
+            mend="State one, as in budget.usd=5.",
+        )
+    rates = price.rates(
+        row,
+        pue=budget.pue,
+        usd_per_hour=budget.usd_per_hour,
+        watts=budget.watts,
+        kgco2e_per_kwh=budget.kgco2e_per_kwh,
+    )
+    return Prices(rates, budget.cap(), budget.reserve)
+
+
+def _candidates(told: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> list[Candidate]:
+    """Sizes around the one that would be best from scratch, and those from which they may be stacked."""
+    speed = row.peak_flops[hardware.compute_dtype(row)] * _utilization(told)
+    every = [_candidate(told, heads * told.model.head_dim, None, speed) for heads in HEADS]
+    alone = [schedule.from_scratch(law.terms, [prices.size(one, 0.0)], 0, prices.usable) for one in every]
+    losses = [found.loss if found else math.inf for found in alone]
+    around = told.parameters or every[int(np.argmin(losses))].parameters
+    finals = [one for one in every if SMALLER * around <= one.parameters <= LARGER * around]
+    starts = [
+        _candidate(told, one.spec.hidden_size, layers, speed)
+        for one in finals
+        for layers in sorted({max(round(share * one.spec.num_hidden_layers), 1) for share in STARTS})
+        if layers < one.spec.num_hidden_layers
+    ]
+    # Growth leads to later ones: by width, then by depth.
+    return sorted(finals + starts, key=lambda one: (one.spec.hidden_size, one.spec.num_hidden_layers))
+
+
+def _utilization(told: PlanRecipe) -> float:
+    return planner.USUAL_MFU if told.hardware == HERE else told.utilization
+
+
+def _candidate(told: PlanRecipe, hidden: int, layers: int | None, speed: float) -> Candidate:
+    sizes = told.model.model_dump(exclude_none=True) | {
+        "vocab_size": told.model.vocab_size or told.data.vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers or _depth(hidden),
+    }
+    spec = told.parametrization.carried_by(ModelSpec.stated(sizes, where="model"))
+    each = flops.training_flops(spec, told.data.sequence_length)
+    return Candidate(spec, each, each / speed)
+
+
+def _depth(hidden: int) -> int:
+    """Layers of a final model of this width."""
+    return max(round(hidden / min(max(hidden / LEAST_ASPECT, LEAST_ASPECT), MOST_ASPECT)), 2)
+
+
+def _wanted(told: PlanRecipe, candidates: Sequence[Candidate]) -> list[bool]:
+    """Which candidates may be the final model: any full depth, or the one nearest to what was asked for."""
+    finals = [one.full for one in candidates]
+    if told.parameters is None:
+        return finals
+    distances = [abs(math.log(one.parameters / told.parameters)) for one in candidates]
+    nearest = min(distance for distance, final in zip(distances, finals, strict=True) if final)
+    return [final and distance == nearest for distance, final in zip(distances, finals, strict=True)]
+
+
+def _offers(told: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices: Prices) -> list[Offer]:
+    """The plan, then what else the budget would buy: its size from scratch, and the best three others."""
+    terms, usable = law.terms, prices.usable
+    sizes = [prices.size(candidate, LEAST_STAGE) for candidate in candidates]
+    ends = [
+        size if wanted else replace(size, after=math.inf)
+        for size, wanted in zip(sizes, _wanted(told, candidates), strict=True)
+    ]
+
+    def relearned(before: int, after: int) -> float:
+        one, other = candidates[before].spec, candidates[after].spec
+        return told.relearned if one.hidden_size == other.hidden_size and told.relearned < 1 else math.inf
+
+    def offer(name: str, found: Schedule) -> Offer:
+        stages = tuple((candidates[stage.size], stage.tokens) for stage in found.stages)
+        cost = sum((prices.of(*stage) for stage in stages), Cost())
+        return Offer(name, found, stages, cost, _interval(law, sizes, found, relearned))
+
+    planned = schedule.cheapest(terms, ends, usable, relearned)
+    if planned is None:
+        raise BudgetError(
+            "budget",
+            found="too little for a stage of any size",
+            expected="enough to begin to train one",
+            mend="Raise the budget, or ask for a smaller model.",
+        )
+    final = planned.stages[-1].size
+    finals = [number for number, one in enumerate(candidates) if one.full]
+    alone = {number: found for number in finals if (found := schedule.from_scratch(terms, sizes, number, usable))}
+    others = sorted((number for number in alone if number != final), key=lambda number: alone[number].loss)[:OTHERS]
+    offers = [offer("planned", planned)]
+    if len(planned.stages) > 1 and final in alone:
+        offers.append(offer("that size from scratch", alone[final]))
+    return offers + [offer("from scratch", alone[number]) for number in others]
+
+
+def _interval(law: Law, sizes: Sequence[Size], found: Schedule, relearned: schedule.Relearned) -> tuple[float, float] | None:
+    """Where 95% of such runs are expected to end; None for a law without draws."""
+    if not law.draws:
+        return None
+    stages = [(stage.size, stage.tokens) for stage in found.stages]
+    return law.spread(schedule.trajectory(law.drawn, sizes, stages, relearned).loss)
+
+
+def _timed(
+    told: PlanRecipe, candidates: Sequence[Candidate], offers: Sequence[Offer], prices: Prices, row: Hardware
+) -> list[Candidate]:
+    """The candidates of the offers, timed on this machine: the others don't come into question."""
+    wanted = {candidate.spec for offer in offers for candidate, _ in offer.stages}
+    chosen = [candidate for candidate in candidates if candidate.spec in wanted]
+    some = _recipe(told, offers[0], prices)
+    speeds = planner.speeds(
+        some, planner.Machine(row, prices.rates), [candidate.spec for candidate in chosen], offers[0].cost.seconds
+    )
+    step = some.rows * some.data.sequence_length
+    return [
+        replace(candidate, seconds=speed.seconds_per_token(step), ready=speed.ready)
+        for candidate, speed in zip(chosen, speeds, strict=True)
+    ]
+
+
+def _require_inside(told: PlanRecipe, law: Law, best: Offer) -> None:
+    """Refuse a plan that the law knows nothing of."""
+    law.predict(best.stages[-1][0].parameters, best.cost.tokens, furthest=told.furthest)
+
+
+def _recipe(told: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
+    """The recipe of an offer: shares of the budget, so that a machine that is faster or slower keeps to it."""
+    shares = schedule.shares(best.schedule)
+    stages = [
+        {
+            "hidden_size": candidate.spec.hidden_size,
+            "num_hidden_layers": candidate.spec.num_hidden_layers,
+            "duration": f"{100 * share:.4g}%",
+        }
+        for (candidate, _), share in zip(best.stages, shares, strict=True)
+    ]
+    kept = told.model_dump(exclude={"hardware", "devices", "utilization", "law", "furthest", "relearned", "parameters"})
+    batch = _batch_tokens(best.cost.flops, told.data.sequence_length)
+    train = kept["train"] | {
+        "batch_tokens": batch,
+        "per_device_train_batch_size": min(told.train.per_device_train_batch_size, batch // told.data.sequence_length),
+    }
+    return PretrainRecipe.model_validate(kept | {"stages": stages, "train": train})
+
+
+def _batch_tokens(training_flops: float, sequence_length: int) -> int:
+    """Tokens of an update that suit so many FLOPs, as a power of two of rows."""
+    tokens = BATCH_FACTOR * training_flops**BATCH_EXPONENT
+    return sequence_length * 2 ** max(round(math.log2(tokens / sequence_length)), 0)
+
+
+def _reasons(
+    told: PlanRecipe, law: Law, row: Hardware, prices: Prices, offers: Sequence[Offer], planned: PretrainRecipe
+) -> Iterator[str]:
+    """Why the plan is as it is, a sentence a line."""
+    best = offers[0]
+    speeds = "measured" if told.hardware == HERE else f"estimated at {told.utilization:.0%} of its peak"
+    binding = prices.cap.share_spent(best.cost)
+    yield (
+        f"{_budget(told)} on {row.name}{f' x {told.devices}' if told.devices > 1 else ''} (speeds {speeds}) buys "
+        f"{units.duration(best.cost.seconds)} of training for {units.money(best.cost.usd)}: {binding:.0%} of the budget, "
+        f"{told.budget.reserve:.0%} kept back for evaluation and export."
+    )
+    reach = law.reach(best.stages[-1][0].parameters, best.cost.tokens)
+    inside = "inside its range" if reach == 1 else f"{reach:.3g} x outside its range"
+    yield f"By the law {told.law} the run is {inside}; it expects a loss of {best.told()}."
+    if len(best.stages) > 1:
+        steps = ", ".join(
+            f"at {units.count(tokens)} tokens to {shape(after.spec)}"
+            for tokens, (_, (after, _)) in zip(
+                schedule.growth_points(best.schedule), pairwise(best.stages), strict=True
+            )
+        )
+        yield f"It begins with {shape(best.stages[0][0].spec)} and grows {steps}."
+        gain = offers[1].loss - best.loss if offers[1].name != "from scratch" else None
+        if gain is not None:
+            yield f"That size from scratch on the same budget: {offers[1].told()}, {gain:.3f} behind."
+    else:
+        yield f"It trains {shape(best.stages[0][0].spec)} from scratch: growing into it would gain less than it costs."
+    others = [offer for offer in offers if offer.name == "from scratch"]
+    if others:
+        yield f"The next best size from scratch, {shape(others[0].final)}, comes to {others[0].told()}."
+    yield (
+        f"Updates of {units.count(planned.train.batch_tokens)} tokens suit {units.si(best.cost.flops, 'FLOP')} "
+        "(arXiv 2401.02954)."
+    )
+
+
+def _budget(told: PlanRecipe) -> str:
+    budget = told.budget
+    stated = {"hours": budget.hours, "kWh": budget.kwh, "tokens": budget.tokens}
+    words = [units.money(budget.usd)] if budget.usd else []
+    words += [f"{amount:g} {unit}" for unit, amount in stated.items() if amount]
+    return " and ".join(words + ([units.si(budget.flops, "FLOP")] if budget.flops else []))
+
+
+def _tell(offers: Sequence[Offer]) -> None:
+    """The offers on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "shape", "parameters", "tokens", "FLOPs", "time", "money", "loss", box=None, pad_edge=False)
+    for offer in offers:
+        table.add_row(
+            offer.name,
+            " → ".join(shape(candidate.spec) for candidate, _ in offer.stages),
+            units.count(offer.stages[-1][0].parameters),
+            units.count(offer.cost.tokens),
+            units.si(offer.cost.flops, "FLOP"),
+            units.duration(offer.cost.seconds),
+            units.money(offer.cost.usd),
+            offer.told(),
+        )
+    Console().print(table)
+
+
+def _report(name: str, offers: Sequence[Offer]) -> Report:
+    report = Report(name)
+    for offer in offers:
+        at = f"{offer.name}, {shape(offer.final)}"
+        report.add(at, "expected loss", offer.loss, note="nats a token, by the law")
+        for resource in ("tokens", "flops", "seconds", "usd", "kwh", "kgco2e"):
+            report.add(at, resource, getattr(offer.cost, resource), note="estimated")
+    return report
+
+
+def _view(
+    name: str, told: PlanRecipe, row: Hardware, offers: Sequence[Offer], reasons: list[str], text: str
+) -> View:
+    best = offers[0]
+    return View(
+        title=name,
+        subtitle=f"{_budget(told)} on {row.name}",
+        made_at=time.strftime("%Y-%m-%d %H:%M"),
+        headline=[
+            Figure("Expected loss", f"{best.loss:.3f}", best.told().removeprefix(f"{best.loss:.3f}").strip(" ()")),
+            Figure("Final model", units.count(best.stages[-1][0].parameters), shape(best.final)),
+            Figure("Training", units.duration(best.cost.seconds), units.money(best.cost.usd)),
+            Figure("Tokens", units.count(best.cost.tokens), units.si(best.cost.flops, "FLOP")),
+        ],
+        alternatives=[
+            Alternative(
+                f"{offer.name}: {shape(offer.final)}",
+                offer.cost.tokens,
+                offer.cost.flops,
+                offer.cost.seconds,
+                offer.cost.usd,
+                offer.cost.kwh,
+                f"expected loss {offer.told()}",
+            )
+            for offer in offers
+        ],
+        stages=[
+            StageRow(
+                f"Stage {number}",
+                shape(candidate.spec),
+                candidate.parameters,
+                tokens,
+                tokens * candidate.flops,
+                tokens * candidate.seconds,
+                stage.loss,
+            )
+            for number, ((candidate, tokens), stage) in enumerate(
+                zip(best.stages, best.schedule.stages, strict=True), start=1
+            )
+        ],
+        recipe=text,
+        machine={key: f"{value} ({row.sources.get(key, 'stated')})" for key, value in _figures(row).items()},
+        notes=reasons,
+    )
+
+
+def _figures(row: Hardware) -> dict[str, str]:
+    return {
+        "peak_flops": units.si(row.peak_flops["bfloat16"], "FLOP/s"),
+        "watts": f"{row.watts:g} W",
+        "usd_per_hour": units.money(row.usd_per_hour),
+        "kgco2e_per_kwh": f"{row.kgco2e_per_kwh:g} kg/kWh",
+    }
