@@ -21,7 +21,7 @@ FLOORS = (
     {"planner", "story"},
     {"pipeline"},
     {"trials"},
-    {"compare", "ladder"},
+    {"compare", "ladder", "propose"},
     {"cli"},
     {"__main__"},
 )

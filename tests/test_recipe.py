@@ -96,6 +96,7 @@ VALUES = {
     "about": {"data": "null"},
     "law": "1e5",
     "sizes": [{"hidden_size": 32}, {"hidden_size": 64}, {"hidden_size": 128}],
+    "budget": {"usd": 1e-5},
     "reference": "off",
     "benchmark": "1:30",
     "reference_tokens": 1e9,

@@ -430,7 +430,7 @@ def _law_chart(lines: list[LawLine]) -> dict[str, Any] | None:
     losses = [loss for point in points for loss in (point.loss, *(point.interval or ()))]
     sizes = [point.parameters for point in points]
     return {
-        "x": _log(min(sizes), max(sizes), "parameters"),
+        "x": log_axis(min(sizes), max(sizes), "parameters"),
         "y": _loss_axis(losses),
         "lines": [
             {

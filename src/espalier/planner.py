@@ -130,6 +130,14 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
     return Settled(made, device, here)
 
 
+def speeds(recipe: PlannedRecipe, here: Machine, specs: Sequence[ModelSpec], seconds: float) -> list[Speed]:
+    """How fast this machine trains shapes, computing as a run of `seconds` would."""
+    device = _choose_compute(recipe, here)
+    if recipe.train.torch_compile == "on" or (recipe.train.torch_compile == "auto" and seconds > WORTH_A_TRIAL):
+        device = replace(device, compile="layers", attention=_attention(recipe, device))
+    return _probe(recipe, device, specs)
+
+
 def priced(recipe: PlannedRecipe) -> str:
     """What a recipe would take, from the hardware's peak alone."""
     here = machine(recipe)

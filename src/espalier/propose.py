@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,10 @@ from espalier.spec import ModelSpec
 from espalier.story import shape
 
 PLANNED = "planned.yaml"
+ALONE = "that size from scratch"
 HERE = "here"
-# Widths to choose from, in heads; layers follow from the width: published decoders have 32 (small) to 128 channels a layer.
-HEADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Widths to choose from, in heads. Layers follow from the width: published decoders have 32 to 128 channels a layer.
+HEADS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 LEAST_ASPECT, MOST_ASPECT = 32, 128
 # Shares of the final layers from which a model is stacked.
 STARTS = (1 / 8, 1 / 4, 1 / 2)
@@ -64,7 +64,7 @@ class PlanRecipe(TrainingRecipe):
     """
 
     name: str = Field(default="planned", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    budget: BudgetRecipe
+    budget: BudgetRecipe = BudgetRecipe()
     data: DataRecipe = DataRecipe()
     hardware: str = HERE
     devices: int = Field(default=1, gt=0)
@@ -110,10 +110,10 @@ class Prices:
     def of(self, candidate: Candidate, tokens: float) -> Cost:
         return self.rates.cost(tokens * candidate.seconds, tokens=tokens, flops=tokens * candidate.flops)
 
-    def size(self, candidate: Candidate, least: float) -> Size:
-        """A candidate in shares of the cap; `least` is that of beginning a stage."""
+    def size(self, candidate: Candidate) -> Size:
+        """A candidate in shares of the cap."""
         ready = self.cap.share_spent(self.rates.cost(candidate.ready))
-        return Size(candidate.parameters, self.cap.share_spent(self.of(candidate, 1.0)), ready=max(ready, least))
+        return Size(candidate.parameters, self.cap.share_spent(self.of(candidate, 1.0)), ready)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ class Offer:
     def final(self) -> ModelSpec:
         return self.stages[-1][0].spec
 
+    def path(self) -> str:
+        """The shapes in order, in a few words: a plan grows in depth alone."""
+        layers = " → ".join(str(candidate.spec.num_hidden_layers) for candidate, _ in self.stages)
+        return f"{layers} layers × {self.final.hidden_size}"
+
     def told(self) -> str:
         """The expected loss in words."""
         between = f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})" if self.interval else ""
@@ -152,8 +157,9 @@ def plan(told: PlanRecipe, run: Run) -> Path:
         candidates = _timed(told, candidates, offers, prices, row)
         offers = _offers(told, law, candidates, prices)
     best = offers[0]
-    _require_inside(told, law, best)
     planned = _recipe(told, best, prices)
+    _require_steps(best, planned)
+    _require_inside(told, law, best)
     reasons = list(_reasons(told, law, row, prices, offers, planned))
     run.tell("\n".join(reasons))
     _tell(offers)
@@ -193,7 +199,7 @@ def _candidates(told: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> li
     """Sizes around the one that would be best from scratch, and those from which they may be stacked."""
     speed = row.peak_flops[hardware.compute_dtype(row)] * _utilization(told)
     every = [_candidate(told, heads * told.model.head_dim, None, speed) for heads in HEADS]
-    alone = [schedule.from_scratch(law.terms, [prices.size(one, 0.0)], 0, prices.usable) for one in every]
+    alone = [schedule.from_scratch(law.terms, [prices.size(one)], 0, prices.usable) for one in every]
     losses = [found.loss if found else math.inf for found in alone]
     around = told.parameters or every[int(np.argmin(losses))].parameters
     finals = [one for one in every if SMALLER * around <= one.parameters <= LARGER * around]
@@ -240,9 +246,10 @@ def _wanted(told: PlanRecipe, candidates: Sequence[Candidate]) -> list[bool]:
 def _offers(told: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices: Prices) -> list[Offer]:
     """The plan, then what else the budget would buy: its size from scratch, and the best three others."""
     terms, usable = law.terms, prices.usable
-    sizes = [prices.size(candidate, LEAST_STAGE) for candidate in candidates]
-    ends = [
-        size if wanted else replace(size, after=math.inf)
+    sizes = [prices.size(candidate) for candidate in candidates]
+    # Beginning a stage is taken to cost a little more than it does, or there would be stages of no account.
+    dear = [
+        replace(size, ready=size.ready + LEAST_STAGE, after=0.0 if wanted else math.inf)
         for size, wanted in zip(sizes, _wanted(told, candidates), strict=True)
     ]
 
@@ -255,7 +262,9 @@ def _offers(told: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices:
         cost = sum((prices.of(*stage) for stage in stages), Cost())
         return Offer(name, found, stages, cost, _interval(law, sizes, found, relearned))
 
-    planned = schedule.cheapest(terms, ends, usable, relearned)
+    found = schedule.cheapest(terms, dear, usable, relearned)
+    path = [(stage.size, stage.tokens) for stage in found.stages] if found else []
+    planned = schedule.spend(terms, sizes, path, usable, relearned) if path else None
     if planned is None:
         raise BudgetError(
             "budget",
@@ -269,11 +278,13 @@ def _offers(told: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices:
     others = sorted((number for number in alone if number != final), key=lambda number: alone[number].loss)[:OTHERS]
     offers = [offer("planned", planned)]
     if len(planned.stages) > 1 and final in alone:
-        offers.append(offer("that size from scratch", alone[final]))
+        offers.append(offer(ALONE, alone[final]))
     return offers + [offer("from scratch", alone[number]) for number in others]
 
 
-def _interval(law: Law, sizes: Sequence[Size], found: Schedule, relearned: schedule.Relearned) -> tuple[float, float] | None:
+def _interval(
+    law: Law, sizes: Sequence[Size], found: Schedule, relearned: schedule.Relearned
+) -> tuple[float, float] | None:
     """Where 95% of such runs are expected to end; None for a law without draws."""
     if not law.draws:
         return None
@@ -296,6 +307,19 @@ def _timed(
         replace(candidate, seconds=speed.seconds_per_token(step), ready=speed.ready)
         for candidate, speed in zip(chosen, speeds, strict=True)
     ]
+
+
+def _require_steps(best: Offer, planned: PretrainRecipe) -> None:
+    """Refuse a budget of which a stage wouldn't get a single update."""
+    step = planned.train.batch_tokens
+    fewest = min(tokens for _, tokens in best.stages)
+    if fewest < step:
+        raise BudgetError(
+            "budget",
+            found=f"{fewest:,.3g} tokens of training in a stage of {best.path()}",
+            expected=f"an update of {step:,} tokens at least",
+            mend="Raise the budget.",
+        )
 
 
 def _require_inside(told: PlanRecipe, law: Law, best: Offer) -> None:
@@ -335,26 +359,24 @@ def _reasons(
     """Why the plan is as it is, a sentence a line."""
     best = offers[0]
     speeds = "measured" if told.hardware == HERE else f"estimated at {told.utilization:.0%} of its peak"
-    binding = prices.cap.share_spent(best.cost)
+    machine = f"{row.name} x {told.devices}" if told.devices > 1 else row.name
     yield (
-        f"{_budget(told)} on {row.name}{f' x {told.devices}' if told.devices > 1 else ''} (speeds {speeds}) buys "
-        f"{units.duration(best.cost.seconds)} of training for {units.money(best.cost.usd)}: {binding:.0%} of the budget, "
-        f"{told.budget.reserve:.0%} kept back for evaluation and export."
+        f"{_budget(told)} on {machine} (speeds {speeds}) buys {units.duration(best.cost.seconds)} of training for "
+        f"{units.money(best.cost.usd)}; {told.budget.reserve:.0%} is kept back for evaluation and export."
     )
     reach = law.reach(best.stages[-1][0].parameters, best.cost.tokens)
     inside = "inside its range" if reach == 1 else f"{reach:.3g} x outside its range"
     yield f"By the law {told.law} the run is {inside}; it expects a loss of {best.told()}."
     if len(best.stages) > 1:
+        points, after = schedule.growth_points(best.schedule), best.stages[1:]
         steps = ", ".join(
-            f"at {units.count(tokens)} tokens to {shape(after.spec)}"
-            for tokens, (_, (after, _)) in zip(
-                schedule.growth_points(best.schedule), pairwise(best.stages), strict=True
-            )
+            f"at {units.count(tokens)} tokens to {candidate.spec.num_hidden_layers} layers"
+            for tokens, (candidate, _) in zip(points, after, strict=True)
         )
         yield f"It begins with {shape(best.stages[0][0].spec)} and grows {steps}."
-        gain = offers[1].loss - best.loss if offers[1].name != "from scratch" else None
-        if gain is not None:
-            yield f"That size from scratch on the same budget: {offers[1].told()}, {gain:.3f} behind."
+        if offers[1].name == ALONE:
+            behind = offers[1].loss - best.loss
+            yield f"That size from scratch on the same budget comes to {offers[1].told()}, {behind:.3f} behind."
     else:
         yield f"It trains {shape(best.stages[0][0].spec)} from scratch: growing into it would gain less than it costs."
     others = [offer for offer in offers if offer.name == "from scratch"]
@@ -383,7 +405,7 @@ def _tell(offers: Sequence[Offer]) -> None:
     for offer in offers:
         table.add_row(
             offer.name,
-            " → ".join(shape(candidate.spec) for candidate, _ in offer.stages),
+            offer.path(),
             units.count(offer.stages[-1][0].parameters),
             units.count(offer.cost.tokens),
             units.si(offer.cost.flops, "FLOP"),
@@ -404,9 +426,7 @@ def _report(name: str, offers: Sequence[Offer]) -> Report:
     return report
 
 
-def _view(
-    name: str, told: PlanRecipe, row: Hardware, offers: Sequence[Offer], reasons: list[str], text: str
-) -> View:
+def _view(name: str, told: PlanRecipe, row: Hardware, offers: Sequence[Offer], reasons: list[str], text: str) -> View:
     best = offers[0]
     return View(
         title=name,
@@ -420,7 +440,7 @@ def _view(
         ],
         alternatives=[
             Alternative(
-                f"{offer.name}: {shape(offer.final)}",
+                f"{offer.name}: {offer.path()}",
                 offer.cost.tokens,
                 offer.cost.flops,
                 offer.cost.seconds,

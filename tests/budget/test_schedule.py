@@ -2,35 +2,17 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.budget import schedule
+from espalier.budget.scaling import Terms
 from espalier.budget.schedule import Size, cheapest, from_scratch, trajectory
 
-
-@dataclass(frozen=True)
-class Curve:
-    """E + a N^-alpha + b D^-beta."""
-
-    floor: float = 1.69
-    a: float = 406.4
-    b: float = 410.7
-    alpha: float = 0.34
-    beta: float = 0.28
-
-    def loss(self, parameters, tokens):
-        return self.floor + self.a * parameters**-self.alpha + self.b * tokens**-self.beta
-
-    def tokens_for(self, loss, parameters):
-        left = loss - self.floor - self.a * parameters**-self.alpha
-        return (self.b / left) ** (1 / self.beta) if left > 0 else math.inf
-
-
-LAW = Curve()
+# Hoffmann's law, arXiv 2203.15556.
+LAW = Terms(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 SIZES = [Size(n, 6 * n) for n in (1e8, 3e8, 1e9, 3e9)]
 BUDGET = 1e21
 
@@ -102,7 +84,7 @@ def test_growth_takes_the_size_that_gains_most_for_its_cost():
 
     def gain(size, loss):
         tokens = LAW.tokens_for(loss, size.parameters)
-        slope = LAW.b * LAW.beta * tokens ** (-LAW.beta - 1)
+        slope = LAW.B * LAW.beta * tokens ** (-LAW.beta - 1)
         return slope / size.cost_per_token
 
     for before, after in itertools.pairwise(found.stages):

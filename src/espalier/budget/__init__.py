@@ -1,6 +1,7 @@
 """Budget: what a model costs to train and to ask, in FLOPs, bytes, seconds, money, energy and carbon, beforehand."""
 
 METHODS = {
+    "plan": "espalier.propose:plan",
     "bench": "hardware:bench",
     "fit": "fit:budget_fit",
     "predict": "scaling:predict",

@@ -212,11 +212,13 @@ class Law(Recipe):
 
     def _interval_of_loss(self, parameters: float, tokens: float) -> tuple[float, float] | None:
         """The draws' losses, each with a run's own noise."""
-        if not self.draws:
-            return None
+        return self.spread(self.drawn.loss(parameters, tokens)) if self.draws else None
+
+    def spread(self, losses: np.ndarray) -> tuple[float, float]:
+        """Where 95% of runs end whose losses are these by each of the draws: a run's own noise is added."""
         freedom = len(self.observations) - len(self.values)
-        spread = self.noise * np.random.default_rng(0).standard_t(freedom, len(self.draws))
-        return _interval(self.drawn.loss(parameters, tokens) * np.exp(spread))
+        noise = self.noise * np.random.default_rng(0).standard_t(freedom, len(self.draws))
+        return _interval(losses * np.exp(noise))
 
     def _tokens(self, stated: float | None) -> float:
         if self.form != "size" and stated is None:

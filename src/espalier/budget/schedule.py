@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,11 +24,13 @@ LOSSES = 2000
 
 
 class Law(Protocol):
-    """A law of the loss: nats a token of a model of `parameters` trained on `tokens`, and its inverse."""
+    """A law of the loss, `budget/scaling.py`'s `Terms`: of numbers, or of arrays of them."""
 
-    def loss(self, parameters: float, tokens: float) -> float: ...
+    def loss(self, parameters: Any, tokens: Any) -> Any:
+        """Nats a token of a model of so many parameters that was trained on so many tokens."""
+        ...
 
-    def tokens_for(self, loss: float, parameters: float) -> float:
+    def tokens_for(self, loss: Any, parameters: Any) -> Any:
         """Tokens at which the loss is reached; infinite for one below what the size can reach."""
         ...
 
@@ -56,11 +58,11 @@ Relearned = Callable[[int, int], float]
 
 @dataclass(frozen=True)
 class Stage:
-    """Training at one size, from one loss to the next; `cost` includes getting ready and what is learned again."""
+    """Training at one size for so many tokens, to a loss (or one for each value of the law); with its cost."""
 
     size: int
     tokens: float
-    loss: float
+    loss: Any
     cost: float
 
 
@@ -71,7 +73,7 @@ class Schedule:
     stages: tuple[Stage, ...]
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> Any:
         return self.stages[-1].loss
 
     @property
@@ -139,7 +141,7 @@ def _sweep(
 ) -> list[list[tuple[int, float]]]:
     """The cheapest path to the lowest loss within the budget at each size, as stages of (size, tokens)."""
     losses = np.linspace(first, last, LOSSES)
-    tokens = np.array([[law.tokens_for(loss, size.parameters) for loss in losses] for size in sizes])
+    tokens = np.array([law.tokens_for(losses, size.parameters) for size in sizes])
     price = np.array([size.cost_per_token for size in sizes])
     ready = np.array([size.ready for size in sizes])
     again = np.array([[relearned(i, k) if i < k else math.inf for k in range(len(sizes))] for i in range(len(sizes))])

@@ -12,10 +12,14 @@ import typer
 from espalier import method, recipe
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value settings", show_default=False)]
+File = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings.")]
+RunName = Annotated[str | None, typer.Option("--name", help="Name of the run folder.")]
+OnlyResolve = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.", envvar="ESPALIER_RUNS")]
 
 
 def register(app: typer.Typer) -> None:
+    app.command("plan")(plan)
     app.command("methods")(list_methods)
     app.command("schema")(print_schema)
     for verb in method.VERBS:
@@ -58,25 +62,41 @@ def _verb_command(verb: str) -> Callable[..., None]:
     def command(
         name: Annotated[str | None, typer.Argument(metavar="METHOD", show_default=False)] = None,
         overrides: Overrides = None,
-        file: Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings.")] = None,
-        run_name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
+        file: File = None,
+        run_name: RunName = None,
         runs: Runs = Path("runs"),
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+        dry_run: OnlyResolve = False,
     ) -> None:
         if name is None:
-            return list_methods(verb)
-        card = method.find(f"{verb}.{name}")
-        resolved = recipe.load(card.recipe(), file, overrides or [])
-        if dry_run:
-            return typer.echo(recipe.dump(resolved))
-        return _run_method(card, resolved, runs / (run_name or f"{verb}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+            list_methods(verb)
+        else:
+            _carry_out(f"{verb}.{name}", overrides, file, run_name, runs, dry_run)
 
     return command
 
 
-def _run_method(card: method.Card, resolved: recipe.Recipe, folder: Path) -> None:
+def plan(
+    overrides: Overrides = None,
+    file: File = None,
+    run_name: RunName = None,
+    runs: Runs = Path("runs"),
+    dry_run: OnlyResolve = False,
+) -> None:
+    """Say what to train for a sum of money, hours or energy, and why; writes the recipe for `espalier run`."""
+    _carry_out("budget.plan", overrides, file, run_name, runs, dry_run)
+
+
+def _carry_out(
+    name: str, overrides: list[str] | None, file: Path | None, run_name: str | None, runs: Path, dry_run: bool
+) -> None:
     from espalier.run import Run
 
+    card = method.find(name)
+    resolved = recipe.load(card.recipe(), file, overrides or [])
+    if dry_run:
+        typer.echo(recipe.dump(resolved))
+        return
+    folder = runs / (run_name or f"{name.replace('.', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
     with Run.start(folder, resolved, tell=typer.echo) as run:
         result = card.load()(resolved, run)
         run.charge(card.full_name)
