@@ -127,6 +127,11 @@ def test_tokens_that_follow_from_the_parameters_tell_nothing_of_their_own():
     assert fit(observations, "size", about=About(), draws=40).values["alpha"] == pytest.approx(0.3, rel=1e-3)
 
 
+def test_a_law_of_size_alone_is_not_fitted_on_runs_of_several_lengths():
+    with pytest.raises(DataError, match="different numbers of tokens"):
+        fit(runs("size_and_data"), "size", about=About())
+
+
 def test_a_loss_that_rises_with_size_is_no_law():
     rising = [one.model_copy(update={"loss": 10 / one.loss}) for one in runs("size", 0.001)]
     with pytest.raises(DataError, match="alpha"):
