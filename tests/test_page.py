@@ -633,7 +633,7 @@ def law_view() -> View:
     lines = [
         LawLine(
             f"{name} & more",
-            [LawPoint(n, loss, (loss - 0.1, loss + 0.1)) for n in sizes for loss in [floor + 20 * n**-0.25]],
+            [LawPoint(n, loss, (loss - 0.5, loss + 0.5)) for n in sizes for loss in [floor + 20 * n**-0.25]],
             [LawPoint(n, floor + 20 * n**-0.25) for n in sizes[:3]],
         )
         for name, floor in (("short", 2.0), ("long", 1.5))

@@ -94,7 +94,7 @@ def test_outside_the_range_there_is_a_bound_and_no_number(measure, score, place)
     report = measure(parameters=1e8, score=score)
     found = report.context["density"]
     bound = {"above": SIZES[-1] * 10 / 1e8, "below": SIZES[0] / 10 / 1e8}[place]
-    assert found == {"place": place, "value": pytest.approx(bound), "low": None, "high": None}
+    assert found == {"place": place, "value": pytest.approx(bound), "low": None, "high": None, "reach": 10}
     assert report.rows[0].note == {"above": "a lower bound", "below": "an upper bound"}[place]
 
 
@@ -114,6 +114,9 @@ def test_bounds_are_where_the_range_ends(size, furthest):
     assert (found.place == "inside") == inside
     if inside:
         assert found.value == found.low == found.high == size / 1e7
+        assert found.reach == pytest.approx(max(size / 1e8, 1e6 / size, 1)) and ("by" in str(found)) == (
+            found.reach > 1
+        )
     elif found.place == "above":
         assert size / 1e7 > found.value and f"> {found.value:.3g}" in str(found)
     else:

@@ -178,11 +178,12 @@ def _untold(sizes: Sequence[Size], form: Form) -> str | None:
     if len(sizes) <= len(names):
         return f"{len(sizes)} runs for {len(names)} values"
     least = 3 if "E" in names else 2  # a power over a floor has three values, without it two
-    for column, exponent, values in zip(
-        ("parameters", "tokens"), ("alpha", "beta"), zip(*sizes, strict=True), strict=True
-    ):
-        if exponent in names and len(set(values)) < least:
-            return f"{len(set(values))} different numbers of {column} where {least} are needed"
+    parameters, tokens = (set(values) for values in zip(*sizes, strict=True))
+    for exponent, column, values in (("alpha", "parameters", parameters), ("beta", "tokens", tokens)):
+        if exponent in names and len(values) < least:
+            return f"{len(values)} different numbers of {column} where {least} are needed"
+    if "beta" not in names and len(set(sizes)) > len(parameters):
+        return "runs of one size on different numbers of tokens, which the form doesn't know"
     if "beta" in names and abs(np.corrcoef(np.log(sizes).T)[0, 1]) > 0.999:
         return "tokens that follow from the parameters"
     return None

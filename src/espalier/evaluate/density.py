@@ -91,18 +91,21 @@ class Density:
     place      "inside", or "above" or "below" what the reference can tell
     value      the density inside; outside the bound that it is above or below
     low, high  95% interval inside the range; None where that side can't be told
+    reach      by which factor the reference is extrapolated to that size; 1 among its models
     """
 
     place: Place
     value: float
     low: float | None = None
     high: float | None = None
+    reach: float = 1.0
 
     def __str__(self) -> str:
         if self.place != "inside":
             return f"{self.place} range: density {'>' if self.place == 'above' else '<'} {self.value:.3g}"
         ends = [f"{end:.3g}" if end is not None else "out of range" for end in (self.low, self.high)]
-        return f"density {self.value:.3g}, 95% from {ends[0]} to {ends[1]}"
+        extrapolated = f" (the reference extrapolated by {self.reach:.3g}x)" if self.reach > 1 else ""
+        return f"density {self.value:.3g}, 95% from {ends[0]} to {ends[1]}{extrapolated}"
 
 
 def density(size: float, drawn: np.ndarray, law: Law, parameters: float, furthest: float = FURTHEST) -> Density:
@@ -112,16 +115,17 @@ def density(size: float, drawn: np.ndarray, law: Law, parameters: float, furthes
     """
     least, most = law.parameters.low / furthest, law.parameters.high * furthest
     if size > most:
-        return Density("above", most / parameters)
+        return Density("above", most / parameters, reach=furthest)
     if size < least:
-        return Density("below", least / parameters)
+        return Density("below", least / parameters, reach=furthest)
     # Sizes may be infinite, which can't be averaged: quantiles are members.
     low, high = map(float, np.quantile(drawn, INTERVAL, method="nearest"))
     return Density(
         "inside",
-        float(size) / parameters,
+        size / parameters,
         low / parameters if low >= least else None,
         high / parameters if high <= most else None,
+        law.parameters.reach(size),
     )
 
 
@@ -168,7 +172,7 @@ def evaluate_density(recipe: DensityRecipe, run: Run) -> Report:
     law = fit(references, recipe.form, about=about, draws=recipe.draws, seed=recipe.seed)
     _require_known_tokens(recipe, law)
     curve, losses = _losses(references, recipe)
-    fitted = law.terms.parameters_for(losses[0], recipe.reference_tokens)
+    fitted = float(law.terms.parameters_for(losses[0], recipe.reference_tokens))
     drawn = law.drawn.parameters_for(losses[1:], recipe.reference_tokens)
     found = density(fitted, drawn, law, recipe.parameters, recipe.furthest)
     report = _report(recipe, law, curve, found)
