@@ -1,7 +1,10 @@
 """FLOPs and parameters against what torch and transformers count."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -10,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from espalier.budget import flops
 from espalier.spec import FAMILIES, MIXTURES, ModelSpec
 
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 SMALL = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -67,6 +71,19 @@ def counted(model, rows, sequence_length, *, backward, mapping=None):
 def test_parameters_are_those_of_the_transformers_model(family, tied, bias):
     spec = small(family, tie_word_embeddings=tied, attention_bias=bias)
     assert flops.parameters(spec) == build(spec, device="meta").num_parameters()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_models_are_exact(name):
+    spec = ModelSpec.from_config(PUBLISHED[name]["config"])
+    assert flops.parameters(spec) == PUBLISHED[name]["parameters"]
+    assert build(spec, device="meta").num_parameters() == PUBLISHED[name]["parameters"]
+
+
+@pytest.mark.parametrize("name", [name for name, model in PUBLISHED.items() if "active_billions" in model])
+def test_active_parameters_of_published_mixtures_are_what_their_makers_say(name):
+    active = flops.active_parameters(ModelSpec.from_config(PUBLISHED[name]["config"]))
+    assert active / 1e9 == pytest.approx(PUBLISHED[name]["active_billions"], abs=0.06)
 
 
 @SMALL

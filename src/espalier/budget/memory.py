@@ -85,11 +85,11 @@ def activation_bytes_per_token(
     """Bytes that autograd keeps per token for the backward pass when transformers runs the model op by op.
 
     Those of every layer, or with full recomputation (activation checkpointing of each layer) the float32 inputs of
-    all and what one layer keeps while it is run again; and the last norm with the input of lm_head, 8·d + 4 + c·d. A
-    compiled model keeps less; results that live only inside one operator come on top.
+    all and what one layer keeps while it is run again; and what the head keeps. A compiled model keeps less; results
+    that live only inside one operator come on top.
     """
     layers, layer = spec.num_hidden_layers, layer_bytes_per_token(spec, sequence_length, compute, attention)
-    last = _norm(spec) + SIZE[compute] * spec.hidden_size
+    last = head_bytes_per_token(spec, compute)
     if recompute == "full":
         return layers * LAYER_INPUT * spec.hidden_size + layer + last
     return layers * layer + last
@@ -133,6 +133,11 @@ def layer_bytes_per_token(spec: ModelSpec, sequence_length: int, compute: Dtype,
         return layer + expert
     used = spec.num_experts_per_tok
     return layer + 4 * spec.num_experts + 16 * used + used * (expert + 2 * size * hidden + 4 * hidden)
+
+
+def head_bytes_per_token(spec: ModelSpec, compute: Dtype) -> int:
+    """What autograd keeps of the last norm, and lm_head's input; logits are counted by themselves."""
+    return _norm(spec) + SIZE[compute] * spec.hidden_size
 
 
 def optimizer_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
