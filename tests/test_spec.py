@@ -116,6 +116,21 @@ def test_a_mixture_sends_a_token_to_one_expert_up_to_all(family, experts, used):
             ModelSpec.stated(sizes, where="here")
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_gates_sum_to_one_where_the_family_makes_them(family):
+    spec = ModelSpec(**sizes_of(family), norm_topk_prob=False)
+    assert spec.norm_topk_prob is (family in ("mixtral", "granitemoe"))
+    assert ("norm_topk_prob" in spec.to_config()) is (family in ("qwen3_moe", "olmoe"))
+
+
+@given(st.integers(1, 300), st.integers(1, 10))
+def test_the_olmoe_family_wants_a_width_of_all_heads_together(hidden, heads):
+    assume(hidden != 4 * heads)
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "head_dim": 4}
+    with pytest.raises(ModelError, match=f"hidden_size {hidden} isn't num_attention_heads {heads} times head_dim 4"):
+        ModelSpec.stated({**sizes_of("olmoe"), **sizes}, where="here")
+
+
 def test_an_expert_s_neurons_are_read_where_the_family_states_them():
     written = ModelSpec(**sizes_of("qwen3_moe"), intermediate_size=24).to_config()
     assert written["moe_intermediate_size"] == 24 and "intermediate_size" not in written

@@ -113,6 +113,13 @@ def test_full_recomputation_holds_one_layer_at_a_time():
         assert plain - again == (layers - 1) * one - layers * inputs
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_a_router_keeps_is_counted(family):
+    spec = small(family, hidden_size=16, intermediate_size=8, num_experts=50, num_experts_per_tok=8)
+    kept = bytes_kept_by_autograd(build(spec, "sdpa"), 3, 40, "float32")
+    assert training(spec, attention="sdpa").activations == pytest.approx(kept, rel=0.03)
+
+
 class PeakBytes(TorchDispatchMode):
     """The most bytes that results of the operators inside the block held at one time."""
 

@@ -94,14 +94,15 @@ def test_what_data_ranks_divide_adds_up_to_what_one_holds(layout, how, tied):
 
 
 @settings(deadline=None)
-@given(layouts, st.booleans())
-def test_stages_and_tensor_ranks_hold_every_parameter(layout, tied):
-    spec = small(tie_word_embeddings=tied)
+@given(layouts, st.booleans(), st.sampled_from([{}, MIXTURE]))
+def test_stages_and_tensor_ranks_hold_every_parameter(layout, tied, family):
+    spec = small(tie_word_embeddings=tied, **family)
     plain = Layout(tensor=layout.tensor, pipeline=layout.pipeline)
     held = sum(parallel.stage_memory(spec, plain, update(), stage).gradients for stage in range(layout.pipeline)) // 4
-    norms = sum(op.parameters * op.count for op in flops.operators(spec, 1) if "norm" in op.name)
+    whole = ("norms", "final_norm", "router")
+    repeated = sum(op.parameters * op.count for op in flops.operators(spec, 1) if op.name in whole)
     twice = spec.vocab_size * spec.hidden_size if tied and layout.pipeline > 1 else 0
-    assert held * layout.tensor == flops.parameters(spec) + (layout.tensor - 1) * norms + twice
+    assert held * layout.tensor == flops.parameters(spec) + (layout.tensor - 1) * repeated + twice
 
 
 def test_experts_are_held_once_by_all_expert_ranks():
@@ -194,6 +195,22 @@ def test_tokens_go_to_their_experts_and_back_in_both_passes():
     experts = sum(op.parameters * op.count for op in flops.operators(spec, 1) if op.copies > 1)
     shared = flops.parameters(spec) - experts
     assert moved[("data", "all-reduce")] == 2 * 4 * (7 / 8 * shared + 1 / 2 * experts / 4)
+
+
+@pytest.mark.parametrize("recompute, passes, gathers", [("none", 4, 3), ("full", 6, 4)])
+def test_tensor_ranks_send_their_parts_of_tokens_and_gather_them_at_every_expert(recompute, passes, gathers):
+    spec, layout = small(**MIXTURE), Layout(data=4, tensor=2, expert=4)
+    moved = sent(spec, layout, update(rows=4, recompute=recompute))
+    stream = 40 * 64 * 2
+    assert moved[("expert", "all-to-all")] == 3 / 4 * 4 * passes * 2 * stream / 2
+    assert moved[("tensor", "all-gather")] == 1 / 2 * stream * (4 * (1 + 2) * gathers + 1 + 2)
+    assert sent(spec, Layout(tensor=2), update(rows=1))[("tensor", "all-gather")] == 1 / 2 * stream * (4 * 2 * 3 + 3)
+
+
+def test_the_last_stage_s_ranks_hold_their_part_of_the_logits():
+    rank = parallel.stage_memory(small(), Layout(tensor=4, pipeline=2), update(), 1)
+    assert rank.logits == 12 * 40 * 160 / 4
+    assert parallel.stage_memory(small(), Layout(tensor=4, pipeline=2), update(), 0).logits == 0
 
 
 @given(st.integers(1, 16), st.integers(1, 64))

@@ -112,7 +112,8 @@ def layer_bytes_per_token(spec: ModelSpec, sequence_length: int, compute: Dtype,
 
     and a mixture of E experts, u of them used, in the place of the feed-forward part, with one input less to cast,
 
-        router        4·E + 16·u              softmax; chosen gates and indices, places of the tokens
+        router        4·E, or 4·u             softmax, in granitemoe over those chosen alone
+                      + 32·u                  their gates and indices, where their tokens are
         experts       u·(4·c·I + 2·c·d + 4·d) as above for each; its input, its output before and after the gate
     """
     hidden, size = spec.hidden_size, SIZE[compute]
@@ -132,7 +133,8 @@ def layer_bytes_per_token(spec: ModelSpec, sequence_length: int, compute: Dtype,
     if not spec.num_experts:
         return layer + expert
     used = spec.num_experts_per_tok
-    return layer + 4 * spec.num_experts + 16 * used + used * (expert + 2 * size * hidden + 4 * hidden)
+    weighed = used if spec.family == "granitemoe" else spec.num_experts
+    return layer + 4 * weighed + 32 * used + used * (expert + 2 * size * hidden + 4 * hidden)
 
 
 def head_bytes_per_token(spec: ModelSpec, compute: Dtype) -> int:
