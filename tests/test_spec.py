@@ -159,6 +159,16 @@ def test_what_a_spec_cannot_say_is_refused_by_name(family, key, value):
     assert repr(value) in refused.value.found
 
 
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_a_config_that_is_silent_about_its_window_has_the_one_that_transformers_gives_it(family):
+    config = {key: value for key, value in ModelSpec(**sizes_of(family)).to_config().items() if key != "sliding_window"}
+    if AutoConfig.for_model(**config).sliding_window is None:
+        assert ModelSpec.from_config(config).family == family
+    else:
+        with pytest.raises(ModelError, match="sliding_window 4096"):
+            ModelSpec.from_config(config)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
 def test_a_window_counts_where_it_is_switched_on(family):
     config = ModelSpec(**sizes_of(family)).to_config()

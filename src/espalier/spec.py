@@ -36,7 +36,8 @@ NAMES: dict[str, dict[str, str]] = {
     "granitemoe": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"intermediate_size": "moe_intermediate_size"},
 }
-WINDOWED = ("mistral", "mixtral")  # their window is on wherever the config states a length; others have a switch
+# What transformers takes for the window of attention where a config is silent; other families switch theirs on.
+WINDOWED = {"mistral": 4096, "mixtral": None}
 # Keys that change what a model computes and that a spec has no field for: the values that leave it as the spec says.
 UNSTATED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -266,7 +267,8 @@ class ModelSpec(BaseModel):
 def _refuse_unstated(config: dict[str, Any], family: str, where: str) -> None:
     """`ModelError` for a key of the config that makes it another model than a spec can say."""
     refused = [key for key, same in UNSTATED.items() if config.get(key) is not None and config[key] not in same]
-    if config.get("use_sliding_window", family in WINDOWED) and config.get("sliding_window") is not None:
+    config = {"sliding_window": WINDOWED.get(family), **config}
+    if config.get("use_sliding_window", family in WINDOWED) and config["sliding_window"] is not None:
         refused.append("sliding_window")
     if "sliding_attention" in (config.get("layer_types") or ()):
         refused.append("layer_types")
