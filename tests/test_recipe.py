@@ -72,6 +72,8 @@ VALUES = {
     "path": "hub:a/b",
     "kgco2e_per_kwh": 1e-7,
     "model": "null",
+    "within": 3e11,
+    "between": 2.5e10,
     "out": "a: b #\n",
     "layers": 3,
     "before": "a",

@@ -3,16 +3,22 @@
 import math
 
 import pytest
+from annotated_types import Gt
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoConfig
 
 from espalier.errors import ModelError
-from espalier.spec import ATTENTION_BIAS, FAMILIES, MULTIPLIERS, ModelSpec
+from espalier.spec import DENSE, FAMILIES, FIXED, MIXTURES, MULTIPLIED, MULTIPLIERS, ModelSpec
 
 SIZES = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 factors = st.floats(1e-3, 1e3)
+
+
+def sizes_of(family: str) -> dict:
+    return {"family": family, **SIZES, **(EXPERTS if family in MIXTURES else {})}
 
 
 @st.composite
@@ -20,14 +26,20 @@ def specs(draw) -> ModelSpec:
     family = draw(st.sampled_from(FAMILIES))
     kv_heads = draw(st.integers(1, 4))
     heads = kv_heads * draw(st.integers(1, 4))
+    head_dim = 2 * draw(st.integers(1, 40))
+    width = {"llama": heads, "olmoe": heads * head_dim}.get(family)
+    experts = draw(st.integers(1, 6)) if family in MIXTURES else 0
     sizes = {
         "vocab_size": draw(st.integers(1, 500)),
-        "hidden_size": draw(st.integers(1, 30)) * (heads if family == "llama" else 1),
+        "hidden_size": width if family == "olmoe" else draw(st.integers(1, 30)) * (width or 1),
         "intermediate_size": draw(st.integers(1, 500)),
         "num_hidden_layers": draw(st.integers(1, 5)),
         "num_key_value_heads": kv_heads,
         "num_attention_heads": heads,
-        "head_dim": 2 * draw(st.integers(1, 40)),
+        "head_dim": head_dim,
+        "num_experts": experts,
+        "num_experts_per_tok": draw(st.integers(1, experts)) if experts else 0,
+        "norm_topk_prob": draw(st.booleans()) if experts else False,
         "max_position_embeddings": draw(st.integers(1, 9999)),
     }
     return ModelSpec(
@@ -38,7 +50,7 @@ def specs(draw) -> ModelSpec:
         rope_theta=draw(st.floats(1, 1e7)),
         rms_norm_eps=draw(st.floats(1e-8, 1e-3)),
         initializer_range=draw(st.floats(1e-4, 1)),
-        **({name: draw(factors) for name in MULTIPLIERS} if family == "granite" else {}),
+        **({name: draw(factors) for name in MULTIPLIERS} if family in MULTIPLIED else {}),
     )
 
 
@@ -46,12 +58,9 @@ def specs(draw) -> ModelSpec:
 @settings(deadline=None, max_examples=200)
 def test_a_config_reads_back_to_the_same_spec_also_as_transformers_completes_it(spec):
     assert ModelSpec.from_config(spec.to_config()) == spec
-    completed = AutoConfig.for_model(**spec.to_config()).to_dict()
-    assert ModelSpec.from_config(completed) == spec
-    written = spec.to_config()
-    assert {key: completed[key] for key in written if completed.get(key) is not None} == {
-        key: value for key, value in written.items() if value is not None
-    }
+    completed = AutoConfig.for_model(**spec.to_config())
+    assert ModelSpec.from_config(completed.to_dict()) == spec
+    assert {key: getattr(completed, key) for key in spec.to_config()} == spec.to_config()
 
 
 @given(specs())
@@ -80,10 +89,94 @@ def test_sizes_left_out_are_derived_from_those_stated(heads, half):
     assert math.isclose(by_heads.attention_multiplier, head_dim**-0.5)
 
 
-@pytest.mark.parametrize("family", ATTENTION_BIAS)
-@pytest.mark.parametrize("stated", [{}, {"attention_bias": True}, {"attention_bias": False}])
-def test_biases_follow_a_family_that_gives_no_choice(family, stated):
-    assert ModelSpec(family=family, **SIZES, **stated).attention_bias is ATTENTION_BIAS[family]
+@pytest.mark.parametrize("family, name", [(family, name) for family, fixed in FIXED.items() for name in fixed])
+@pytest.mark.parametrize("stated", [None, True, False])
+def test_what_a_family_gives_no_choice_of_follows_it(family, name, stated):
+    spec = ModelSpec(**sizes_of(family), **{name: stated})
+    assert getattr(spec, name) is FIXED[family][name]
+    built = AutoConfig.for_model(**spec.to_config())
+    assert getattr(built, name, FIXED[family][name]) is FIXED[family][name]
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_dense_family_has_no_experts(family, name):
+    with pytest.raises(ModelError, match=f"the {family} family has no experts"):
+        ModelSpec.stated({**sizes_of(family), name: 2}, where="here")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@given(experts=st.integers(0, 5), used=st.integers(0, 9))
+def test_a_mixture_sends_a_token_to_one_expert_up_to_all(family, experts, used):
+    sizes = {**sizes_of(family), "num_experts": experts, "num_experts_per_tok": used}
+    if 1 <= used <= experts:
+        assert ModelSpec(**sizes).num_experts == experts
+    else:
+        with pytest.raises(ModelError, match=f"num_experts {experts} with num_experts_per_tok {used}"):
+            ModelSpec.stated(sizes, where="here")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_gates_sum_to_one_where_the_family_makes_them(family):
+    spec = ModelSpec(**sizes_of(family), norm_topk_prob=False)
+    assert spec.norm_topk_prob is (family in ("mixtral", "granitemoe"))
+    assert ("norm_topk_prob" in spec.to_config()) is (family in ("qwen3_moe", "olmoe"))
+
+
+@given(st.integers(1, 300), st.integers(1, 10))
+def test_the_olmoe_family_wants_a_width_of_all_heads_together(hidden, heads):
+    assume(hidden != 4 * heads)
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "head_dim": 4}
+    with pytest.raises(ModelError, match=f"hidden_size {hidden} isn't num_attention_heads {heads} times head_dim 4"):
+        ModelSpec.stated({**sizes_of("olmoe"), **sizes}, where="here")
+
+
+def test_an_expert_s_neurons_are_read_where_the_family_states_them():
+    written = ModelSpec(**sizes_of("qwen3_moe"), intermediate_size=24).to_config()
+    assert written["moe_intermediate_size"] == 24 and "intermediate_size" not in written
+    assert ModelSpec.from_config({**written, "intermediate_size": 999}).intermediate_size == 24
+
+
+@pytest.mark.parametrize(
+    "family, key, value",
+    [
+        *((family, "hidden_act", "gelu") for family in FAMILIES),
+        *((family, "sliding_window", 16) for family in ("mistral", "mixtral")),
+        *((family, "mlp_bias", True) for family in ("llama", "granite")),
+        ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen3_moe", "mlp_only_layers", [0]),
+        ("qwen3_moe", "decoder_sparse_step", 2),
+        ("olmoe", "clip_qkv", 8.0),
+        ("qwen3_moe", "shared_expert_intermediate_size", 8),
+        ("granitemoe", "shared_intermediate_size", 8),
+    ],
+)
+def test_what_a_spec_cannot_say_is_refused_by_name(family, key, value):
+    config = ModelSpec(**sizes_of(family)).to_config()
+    with pytest.raises(ModelError) as refused:
+        ModelSpec.from_config({**config, key: value}, where="m/config.json")
+    assert refused.value.where == f"m/config.json: {key}"
+    assert repr(value) in refused.value.found
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_a_config_that_is_silent_about_its_window_has_the_one_that_transformers_gives_it(family):
+    config = {key: value for key, value in ModelSpec(**sizes_of(family)).to_config().items() if key != "sliding_window"}
+    if AutoConfig.for_model(**config).sliding_window is None:
+        assert ModelSpec.from_config(config).family == family
+    else:
+        with pytest.raises(ModelError, match="sliding_window 4096"):
+            ModelSpec.from_config(config)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_window_counts_where_it_is_switched_on(family):
+    config = ModelSpec(**sizes_of(family)).to_config()
+    assert ModelSpec.from_config({**config, "sliding_window": 16}) == ModelSpec.from_config(config)
+    off = {**config, "sliding_window": 16, "use_sliding_window": False}
+    assert ModelSpec.from_config(off) == ModelSpec.from_config(config)
+    with pytest.raises(ModelError, match="sliding_window 16"):
+        ModelSpec.from_config({**off, "use_sliding_window": True})
 
 
 @given(st.integers(1, 300), st.integers(1, 40))
@@ -123,7 +216,10 @@ def test_an_odd_head_is_refused(head_dim):
         ModelSpec.stated({**SIZES, "head_dim": head_dim}, where="here")
 
 
-@pytest.mark.parametrize("name", [name for name, field in ModelSpec.model_fields.items() if field.metadata])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, field in ModelSpec.model_fields.items() if any(isinstance(rule, Gt) for rule in field.metadata)],
+)
 @given(size=st.integers(-5, 0))
 def test_a_size_of_nothing_is_refused_by_name(name, size):
     for read in (lambda sizes: ModelSpec.stated(sizes, where="here"), _as_config):
@@ -148,11 +244,11 @@ def test_a_size_that_nothing_derives_is_asked_for_by_name(name):
         _as_config(sizes)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "granite"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MULTIPLIED])
 @pytest.mark.parametrize("name", MULTIPLIERS)
 def test_a_multiplier_that_the_family_has_no_place_for_is_refused(family, name):
     with pytest.raises(ModelError, match=name):
-        ModelSpec.stated({**SIZES, "family": family, name: 3.5}, where="here")
+        ModelSpec.stated({**sizes_of(family), name: 3.5}, where="here")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, 3])

@@ -112,6 +112,12 @@ class ModelFolder:
             made = next((parent["made"] for parent in made.get("parents", []) if parent.get("made")), None)
 
 
+def read_spec(path: Path) -> ModelSpec:
+    """The shape that a config states: a JSON file, or the config.json of a folder, whose weights needn't be there."""
+    file = path / "config.json" if path.is_dir() else path
+    return ModelSpec.from_config(_read_json(file), where=str(file))
+
+
 def _indexed(path: Path) -> list[str]:
     """The files that an index of weights names."""
     shards = _read_json(path).get("weight_map")

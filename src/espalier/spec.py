@@ -6,27 +6,61 @@ Budget prices a spec and model builds it; neither is needed to write one down. N
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from espalier.errors import ModelError
 
-Family = Literal["granite", "llama", "qwen2", "qwen3", "mistral"]
-FAMILIES: tuple[str, ...] = Family.__args__  # type: ignore[attr-defined]
+DenseFamily = Literal["granite", "llama", "qwen2", "qwen3", "mistral"]
+MixtureFamily = Literal["mixtral", "qwen3_moe", "olmoe", "granitemoe"]
+Family = Literal[DenseFamily, MixtureFamily]
+DENSE: tuple[str, ...] = get_args(DenseFamily)
+MIXTURES: tuple[str, ...] = get_args(MixtureFamily)
+FAMILIES = DENSE + MIXTURES
 
-# Whether q, k and v have biases, in the families that give no choice.
-ATTENTION_BIAS = {"qwen2": True, "mistral": False}
-# What the four Granite multipliers are called in the config; other families have none.
+# What a family gives no choice of: whether q, k and v have biases, whether the gates of a mixture sum to 1.
+FIXED: dict[str, dict[str, bool]] = {
+    "qwen2": {"attention_bias": True},
+    "mistral": {"attention_bias": False},
+    "mixtral": {"attention_bias": False, "norm_topk_prob": True},
+    "granitemoe": {"norm_topk_prob": True},
+}
+EXPERTS = ("num_experts", "num_experts_per_tok", "norm_topk_prob")  # fields of mixtures alone
+# The families whose config has the four multipliers.
+MULTIPLIED = ("granite", "granitemoe")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+# What a family's config calls a field of ours, where it has another name for it.
+NAMES: dict[str, dict[str, str]] = {
+    "mixtral": {"num_experts": "num_local_experts"},
+    "granitemoe": {"num_experts": "num_local_experts"},
+    "qwen3_moe": {"intermediate_size": "moe_intermediate_size"},
+}
+# What transformers takes for the window of attention where a config is silent; other families switch theirs on.
+WINDOWED = {"mistral": 4096, "mixtral": None}
+# Keys that change what a model computes and that a spec has no field for: the values that leave it as the spec says.
+UNSTATED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "clip_qkv": (),
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+    "num_shared_experts": (0,),
+    "n_shared_experts": (0,),
+    "shared_intermediate_size": (0,),
+    "shared_expert_intermediate_size": (0,),
+}
 
 
 class ModelSpec(BaseModel):
     """The shape of a Llama-like decoder: pre-norm RMSNorm, RoPE, grouped-query attention, gated MLP.
 
+    In a mixture of experts every layer has `num_experts` of these MLPs, of which a router sends each token to
+    `num_experts_per_tok`; intermediate_size is that of one of them.
+
     Sizes left out are derived: heads = hidden_size / head_dim, key-value heads = heads,
-    intermediate_size = 8/3 hidden_size rounded up to a multiple of 32. attention_bias follows the family where
-    it is no choice.
+    intermediate_size = 8/3 hidden_size rounded up to a multiple of 32. What a family gives no choice of (FIXED)
+    follows it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +73,9 @@ class ModelSpec(BaseModel):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
+    num_experts: int = Field(default=0, ge=0, description="experts a layer; 0 in a dense model")
+    num_experts_per_tok: int = Field(default=0, ge=0, description="experts that a token passes in a layer")
+    norm_topk_prob: bool = Field(default=False, description="whether the gates of a token's experts sum to 1")
     max_position_embeddings: int = Field(default=2048, gt=0)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -77,9 +114,7 @@ class ModelSpec(BaseModel):
             sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
         if isinstance(sizes.get("head_dim"), int) and sizes["head_dim"] > 0:
             sizes.setdefault("attention_multiplier", 1 / math.sqrt(sizes["head_dim"]))
-        if sizes.get("family") in ATTENTION_BIAS:
-            sizes["attention_bias"] = ATTENTION_BIAS[sizes["family"]]
-        return sizes
+        return sizes | FIXED.get(sizes.get("family", ""), {})
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -93,13 +128,33 @@ class ModelSpec(BaseModel):
                 f"hidden_size {self.hidden_size} isn't a multiple of num_attention_heads {self.num_attention_heads}, "
                 f"as the llama family requires; {_near_multiples(self.hidden_size, self.num_attention_heads)} would be"
             )
+        if self.family == "olmoe" and self.hidden_size != self.query_size:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} isn't num_attention_heads {self.num_attention_heads} times "
+                f"head_dim {self.head_dim}, as the olmoe family requires"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
-        if self.family != "granite":
+        if self.family not in MULTIPLIED:
             odd = [name for name in MULTIPLIERS if not math.isclose(getattr(self, name), self._neutral(name))]
             if odd:
-                raise ValueError(f"{', '.join(odd)}: only the granite family has these multipliers")
+                raise ValueError(
+                    f"{', '.join(odd)}: only the {' and '.join(MULTIPLIED)} families have these multipliers"
+                )
+        self._require_experts()
         return self
+
+    def _require_experts(self) -> None:
+        experts, used = self.num_experts, self.num_experts_per_tok
+        if self.family in MIXTURES and not 1 <= used <= experts:
+            raise ValueError(
+                f"num_experts {experts} with num_experts_per_tok {used}: a mixture of the {self.family} family needs "
+                "at least one expert, and a token passes one to all of them"
+            )
+        if self.family in DENSE and (experts or used or self.norm_topk_prob):
+            raise ValueError(
+                f"num_experts {experts}: the {self.family} family has no experts; {', '.join(MIXTURES)} have"
+            )
 
     def _neutral(self, multiplier: str) -> float:
         return 1 / math.sqrt(self.head_dim) if multiplier == "attention_multiplier" else 1.0
@@ -149,8 +204,8 @@ class ModelSpec(BaseModel):
 
     @property
     def normed_heads(self) -> Literal["none", "each", "all"]:
-        """Whether queries and keys pass a norm, over each head."""
-        return "each" if self.family == "qwen3" else "none"
+        """Whether queries and keys pass a norm, over each head or over all of them together."""
+        return {"qwen3": "each", "qwen3_moe": "each", "olmoe": "all"}.get(self.family, "none")  # type: ignore[return-value]
 
     @property
     def embedding_scale(self) -> float:
@@ -159,14 +214,16 @@ class ModelSpec(BaseModel):
 
     def to_config(self) -> dict[str, Any]:
         """The keyword arguments of the family's Hugging Face config, `model_type` among them."""
-        config = self.model_dump(exclude={"family", "rope_theta", *MULTIPLIERS})
+        unwritten = {"family", "rope_theta", *FIXED.get(self.family, {})}
+        if self.family not in MULTIPLIED:
+            unwritten |= {*MULTIPLIERS}
+        if self.family in DENSE:
+            unwritten |= {*EXPERTS}
+        names = NAMES.get(self.family, {})
+        config = {names.get(name, name): value for name, value in self.model_dump(exclude=unwritten).items()}
         config["model_type"] = self.family
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.family == "granite":
-            config |= {name: getattr(self, name) for name in MULTIPLIERS}
-        if self.family in ATTENTION_BIAS:
-            del config["attention_bias"]
-        if self.family == "mistral":
+        if self.family in WINDOWED:
             config["sliding_window"] = None
         return config
 
@@ -190,7 +247,11 @@ class ModelSpec(BaseModel):
                 expected="'default'",
                 mend="Scaled rotary positions aren't in ModelSpec yet.",
             )
+        _refuse_unstated(config, family, where)
+        # Whatever a family's files call it, transformers writes some families' num_experts as num_local_experts.
+        ours = {"num_local_experts": "num_experts"} | {own: name for name, own in NAMES.get(family, {}).items()}
         known = {key: value for key, value in config.items() if key in cls.model_fields and value is not None}
+        known |= {name: config[own] for own, name in ours.items() if config.get(own) is not None}
         known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
         try:
             return cls(family=family, **known)
@@ -201,6 +262,25 @@ class ModelSpec(BaseModel):
                 expected="the sizes of a model that can be built",
                 mend="Correct the config.",
             ) from error
+
+
+def _refuse_unstated(config: dict[str, Any], family: str, where: str) -> None:
+    """`ModelError` for a key of the config that makes it another model than a spec can say."""
+    refused = [key for key, same in UNSTATED.items() if config.get(key) is not None and config[key] not in same]
+    config = {"sliding_window": WINDOWED.get(family), **config}
+    if config.get("use_sliding_window", family in WINDOWED) and config["sliding_window"] is not None:
+        refused.append("sliding_window")
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        refused.append("layer_types")
+    if refused:
+        key = refused[0]
+        accepted = UNSTATED.get(key, ("attention to all tokens before",))
+        raise ModelError(
+            f"{where}: {key}",
+            found=f"{key} {config[key]!r}",
+            expected=" or ".join(map(str, accepted)) if accepted else "nothing",
+            mend="ModelSpec has no field for it: use a verb that takes any model.",
+        )
 
 
 def _near_multiples(size: int, factor: int) -> str:

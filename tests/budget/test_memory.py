@@ -13,18 +13,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from espalier.budget import memory
 from espalier.budget.flops import parameters
-from espalier.spec import FAMILIES, ModelSpec
+from espalier.spec import FAMILIES, MIXTURES, ModelSpec
 
 
 def small(family="granite", **sizes):
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 200} | sizes
+    if family in MIXTURES:
+        sizes = {"num_experts": 6, "num_experts_per_tok": 2} | sizes
     return ModelSpec(**{"family": family, "vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2} | sizes)
 
 
 def build(spec, attention="eager"):
     config = spec.to_config()
     config = AutoConfig.for_model(config.pop("model_type"), **config)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    experts = {"experts_implementation": "eager"} if spec.num_experts else {}
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **experts)
 
 
 def training(spec, **choices):
@@ -41,7 +44,8 @@ def bytes_kept_by_autograd(model, rows, sequence_length, compute):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    tokens = torch.zeros(rows, sequence_length, dtype=torch.long)
+    # Of all kinds, so that every expert is hit.
+    tokens = torch.arange(rows * sequence_length).reshape(rows, -1) % model.config.vocab_size
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=compute == "bfloat16"),
@@ -82,6 +86,38 @@ def test_activations_follow_any_shape(compute, attention, group, key_value_heads
     casts = planned.weights - 4 * parameters(spec)
     kept = bytes_kept_by_autograd(build(spec, attention), 3, length, compute)
     assert planned.activations + casts == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["granite", "mixtral"])
+def test_with_full_recomputation_a_layer_keeps_its_input_alone(family):
+    kept = {}
+    for layers in (2, 5):
+        model = build(small(family, num_hidden_layers=layers)).train()
+        model.activation_checkpointing_enable()
+        with PeakBytes() as measured:
+            weights = [weight.untyped_storage() for weight in model.parameters()]
+            measured.known.update(weights)
+            logits = model(input_ids=torch.zeros(3, 40, dtype=torch.long), use_cache=False).logits
+        assert logits.requires_grad
+        kept[layers] = measured.live
+    shallow, deep = (training(small(family, num_hidden_layers=layers), recompute="full") for layers in kept)
+    assert deep.activations - shallow.activations == pytest.approx(kept[5] - kept[2], rel=0.001)
+
+
+def test_full_recomputation_holds_one_layer_at_a_time():
+    for layers in (1, 6):
+        spec = small(num_hidden_layers=layers)
+        plain, again = (training(spec, recompute=choice).activations for choice in ("none", "full"))
+        inputs = 3 * 40 * 4 * spec.hidden_size
+        one = 3 * 40 * memory.layer_bytes_per_token(spec, 40, "float32", "eager")
+        assert plain - again == (layers - 1) * one - layers * inputs
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_a_router_keeps_is_counted(family):
+    spec = small(family, hidden_size=16, intermediate_size=8, num_experts=50, num_experts_per_tok=8)
+    kept = bytes_kept_by_autograd(build(spec, "sdpa"), 3, 40, "float32")
+    assert training(spec, attention="sdpa").activations == pytest.approx(kept, rel=0.03)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -167,6 +203,14 @@ def test_cache_bytes_are_those_of_the_cache_that_transformers_keeps(dtype):
     cache = model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory.cache_bytes_per_token(spec, dtype) * 7 == held
+
+
+@pytest.mark.parametrize("experts", [10, 60])
+def test_folder_bytes_bound_what_is_saved_of_experts_stored_one_by_one(tmp_path, experts):
+    spec = small("qwen3_moe", hidden_size=16, intermediate_size=4, num_hidden_layers=20, num_experts=experts)
+    build(spec).save_pretrained(tmp_path)
+    room = memory.folder_bytes(spec, "float32") - sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 0 <= room < 350_000
 
 
 @pytest.mark.parametrize("layers", [1, 150])

@@ -10,7 +10,7 @@ from espalier.grow.apply import grow_model
 from espalier.model.build import build
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
-from espalier.spec import FAMILIES, ModelSpec
+from espalier.spec import DENSE, ModelSpec
 
 ATTENTION = {"mha": 4, "gqa": 2}
 
@@ -34,7 +34,7 @@ def _spec(family: str = "llama", kv_heads: int = 2, tied: bool = False) -> Model
     )
 
 
-@pytest.fixture(params=[(f, kv, tied) for f in FAMILIES for kv in ATTENTION for tied in (True, False)], ids=str)
+@pytest.fixture(params=[(f, kv, tied) for f in DENSE for kv in ATTENTION for tied in (True, False)], ids=str)
 def any_spec(request) -> ModelSpec:
     family, attention, tied = request.param
     return _spec(family, ATTENTION[attention], tied)

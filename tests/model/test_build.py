@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from espalier.folder import WEIGHTS, ModelFolder
 from espalier.model.build import TOKENIZER_FILES, build, draw, load, save
 from espalier.model.mup import Parametrization
-from espalier.spec import FAMILIES, ModelSpec
+from espalier.spec import FAMILIES, MIXTURES, ModelSpec
 
 STANDARD = Parametrization(kind="standard")
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -18,7 +18,8 @@ SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 
 @pytest.fixture(params=FAMILIES)
 def spec(request) -> ModelSpec:
-    return ModelSpec(family=request.param, attention_bias=request.param == "qwen2", **SIZES)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2} if request.param in MIXTURES else {}
+    return ModelSpec(family=request.param, attention_bias=request.param == "qwen2", **SIZES, **experts)
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(spec):
@@ -38,7 +39,7 @@ def test_weights_do_not_depend_on_torch_s_random_state(spec):
 def test_a_layer_is_the_same_whatever_is_above_it(spec):
     deep = build(spec.changed(num_hidden_layers=4), STANDARD, seed=0)
     for name, weight in build(spec, STANDARD, seed=0).named_parameters():
-        if weight.ndim == 2:  # its standard deviation may follow the depth
+        if weight.ndim > 1:  # its standard deviation may follow the depth
             larger = deep.get_parameter(name)
             torch.testing.assert_close(larger * weight.norm() / larger.norm(), weight)
 
@@ -76,6 +77,16 @@ def test_a_saved_model_comes_back_bit_for_bit_and_opens_elsewhere(spec, tmp_path
         assert torch.equal(opened(inputs).logits, model.eval()(inputs).logits)
     assert AutoConfig.from_pretrained(tmp_path).architectures == [type(model).__name__]
     assert ModelFolder(tmp_path).spec == spec
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_stacked_experts_are_drawn_as_the_mlp_of_a_dense_model_is(family):
+    spec = ModelSpec(family=family, **SIZES, intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+    stds = {
+        name.rpartition("experts.")[2]: w.std().item() for name, w in build(spec, STANDARD, seed=0).named_parameters()
+    }
+    assert stds["gate_up_proj"] == pytest.approx(spec.initializer_range, rel=0.05)
+    assert stds["down_proj"] == pytest.approx(spec.initializer_range / 2, rel=0.05)  # over sqrt(2 layers of 2)
 
 
 def test_a_tied_model_saves_its_embedding_once(tmp_path):

@@ -78,6 +78,8 @@ def test_the_logits_are_divided_by_the_width_multiplier_and_other_families_are_r
         assert spec.logits_scaling == parametrization.width(spec) == width / 64
     with pytest.raises(RecipeError, match="granite"):
         parametrization.carried_by(shape(64, family="llama"))
+    with pytest.raises(RecipeError, match=r"granitemoe family.*no experts"):
+        parametrization.carried_by(shape(64, family="granitemoe", num_experts=4, num_experts_per_tok=2))
     standard = Parametrization(kind="standard", base_width=64)
     assert standard.carried_by(shape(128, family="llama")) == shape(128, family="llama")
     assert standard.width(shape(128)) == 1.0

@@ -148,3 +148,23 @@ def test_behind_a_mask_the_unmasked_weight_has_its_share_of_the_gradient(begin, 
     unmasked = state.optimizer.masks.unmasked[name]
     assert not torch.equal(unmasked, whole)
     assert torch.equal(weights[name].detach(), unmasked * torch.where(halves, 0.25, 1.0))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_stacked_experts_decay_as_matrices_under_adamw_and_are_left_to_it_by_muon(name):
+    mixture = ModelSpec(
+        family="mixtral",
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    recipe, standard = OptimizerRecipe(name=name, weight_decay=0.1), Parametrization(kind="standard")
+    of = groups(Optimizer(build(mixture, standard, seed=0), mixture, recipe, standard))
+    experts = [group for weight, group in of.items() if ".experts." in weight]
+    (router,) = (group for weight, group in of.items() if weight.endswith("gate.weight"))
+    assert len(experts) == 2 and all(group["kind"] == "AdamW" for group in experts)
+    assert [group["weight_decay"] for group in experts] == [0.1 if name == "adamw" else 0.0] * 2
+    assert router["weight_decay"] == 0.1 and router["kind"] == ("AdamW" if name == "adamw" else "Muon")

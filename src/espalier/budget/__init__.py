@@ -3,6 +3,7 @@
 METHODS = {
     "plan": "espalier.propose:plan",
     "bench": "hardware:bench",
+    "count": "count:count",
     "fit": "fit:budget_fit",
     "predict": "scaling:predict",
     "ladder": "espalier.ladder:ladder",

@@ -9,6 +9,7 @@ positions and softmax are left out (parameters of the norms are counted).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from espalier.spec import ModelSpec
@@ -24,7 +25,7 @@ class Operator:
 
     flops       FLOPs per token of the forward pass, of one occurrence
     parameters  learned numbers, of one occurrence, all copies together
-    inputs      numbers a token that a product with weights reads; 0 for other operators
+    inputs      numbers a token that a product with one copy's weights reads; 0 for other operators
     outputs     numbers a token that it writes
     copies      how many weights there are to choose from (experts), of which a token passes `used`
     """
@@ -41,22 +42,20 @@ class Operator:
 
 def operators(spec: ModelSpec, sequence_length: int) -> list[Operator]:
     """The operators of a model in the order of the forward pass, on rows of `sequence_length` tokens."""
-    hidden, inner, layers = spec.hidden_size, spec.intermediate_size, spec.num_hidden_layers
+    hidden, layers = spec.hidden_size, spec.num_hidden_layers
     query, key_value = spec.query_size, spec.key_value_size
-    qkv_bias = spec.family == "qwen2" or _has_attention_bias(spec)
+    bias = spec.attention_bias
     scores = 2 * sequence_length * query
     head = 0 if spec.tie_word_embeddings else spec.vocab_size * hidden
     return [
         Operator("embedding", 0, spec.vocab_size * hidden),
-        _linear("q", hidden, query, layers, bias=qkv_bias),
-        _linear("k", hidden, key_value, layers, bias=qkv_bias),
-        _linear("v", hidden, key_value, layers, bias=qkv_bias),
+        _linear("q", hidden, query, layers, bias=bias),
+        _linear("k", hidden, key_value, layers, bias=bias),
+        _linear("v", hidden, key_value, layers, bias=bias),
         Operator("scores", scores, 0, layers),
         Operator("values", scores, 0, layers),
-        _linear("o", query, hidden, layers, bias=_has_attention_bias(spec)),
-        _linear("gate", hidden, inner, layers),
-        _linear("up", hidden, inner, layers),
-        _linear("down", inner, hidden, layers),
+        _linear("o", query, hidden, layers, bias=bias and spec.family != "qwen2"),
+        *_feed_forward(spec),
         Operator("norms", 0, 2 * hidden + _head_norms(spec), layers),
         Operator("final_norm", 0, hidden),
         Operator("lm_head", 2 * hidden * spec.vocab_size, head, inputs=hidden, outputs=spec.vocab_size),
@@ -66,6 +65,11 @@ def operators(spec: ModelSpec, sequence_length: int) -> list[Operator]:
 def parameters(spec: ModelSpec) -> int:
     """The exact number of parameters; tied embeddings count once."""
     return sum(op.parameters * op.count for op in operators(spec, 1))
+
+
+def active_parameters(spec: ModelSpec) -> int:
+    """The parameters that one token passes: of the experts, those that it is sent to."""
+    return sum(op.parameters // op.copies * op.used * op.count for op in operators(spec, 1))
 
 
 def forward_flops(spec: ModelSpec, sequence_length: int) -> int:
@@ -84,6 +88,17 @@ def training_flops(spec: ModelSpec, sequence_length: int, recompute: Recompute =
     return 3 * forward + again[recompute]
 
 
+def prefill_flops(spec: ModelSpec, prompt: int) -> int:
+    """FLOPs of reading a prompt of `prompt` tokens, logits at its last position alone."""
+    head = operators(spec, prompt)[-1].flops
+    return prompt * (forward_flops(spec, prompt) - head) + head
+
+
+def decode_flops(spec: ModelSpec, context: int) -> int:
+    """FLOPs of one more token with a key-value cache, when it attends to `context` tokens, itself among them."""
+    return forward_flops(spec, context)  # its share of a row as long, where every token attends to the whole row
+
+
 def narayanan_flops(spec: ModelSpec, sequence_length: int, recompute: Literal["none", "full"] = "none") -> float:
     """FLOPs per token of training by the published estimate, for comparison with published totals.
 
@@ -99,15 +114,25 @@ def narayanan_flops(spec: ModelSpec, sequence_length: int, recompute: Literal["n
     return factor * layers * hidden**2 * (1 + attention + head)
 
 
-def _linear(name: str, inputs: int, outputs: int, count: int, *, bias: bool = False) -> Operator:
-    return Operator(name, 2 * inputs * outputs, inputs * outputs + outputs * bias, count, inputs, outputs)
+def _feed_forward(spec: ModelSpec) -> list[Operator]:
+    """A layer's gated MLP, or its router and experts."""
+    hidden, inner, layers = spec.hidden_size, spec.intermediate_size, spec.num_hidden_layers
+    product = partial(_linear, copies=max(spec.num_experts, 1), used=max(spec.num_experts_per_tok, 1))
+    return [
+        *([_linear("router", hidden, spec.num_experts, layers)] if spec.num_experts else []),
+        product("gate", hidden, inner, layers),
+        product("up", hidden, inner, layers),
+        product("down", inner, hidden, layers),
+    ]
 
 
-def _has_attention_bias(spec: ModelSpec) -> bool:
-    """Whether q, k, v and o all have biases: a choice of these families only."""
-    return spec.attention_bias and spec.family in ("granite", "llama", "qwen3")
+def _linear(
+    name: str, inputs: int, outputs: int, count: int, *, bias: bool = False, copies: int = 1, used: int = 1
+) -> Operator:
+    weights = copies * (inputs * outputs + outputs * bias)
+    return Operator(name, 2 * used * inputs * outputs, weights, count, inputs, outputs, copies, used)
 
 
 def _head_norms(spec: ModelSpec) -> int:
-    """Parameters of the norms over each query and key head."""
-    return 2 * spec.head_dim if spec.family == "qwen3" else 0
+    """Parameters of a layer's norms over queries and keys."""
+    return {"none": 0, "each": 2 * spec.head_dim, "all": spec.query_size + spec.key_value_size}[spec.normed_heads]

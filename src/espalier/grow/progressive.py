@@ -22,7 +22,7 @@ from espalier.ledger import Cost
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
-from espalier.spec import Family, ModelSpec
+from espalier.spec import DenseFamily, ModelSpec
 from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, Stretch, TrainRecipe
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ShapeRecipe(Recipe):
 class ModelRecipe(ShapeRecipe):
     """What all stages share; a stage's own sizes come on top."""
 
-    family: Family = "granite"
+    family: DenseFamily = "granite"
     head_dim: int = 32
     vocab_size: int | None = Field(default=None, description="the tokenizer's size, if not stated")
     max_position_embeddings: int = 2048

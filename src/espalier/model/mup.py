@@ -7,7 +7,7 @@ Mu-scaling):
   read-out                          starts at zero         rate       logits / w
 Muon's orthogonal update already has a width-free size, so its rate isn't divided. The logit factor is Granite's
 `logits_scaling`: the model stays a standard folder. Elsewhere a spec can't carry it, and only the standard
-parametrisation is offered.
+parametrisation is offered; nor is muP for mixtures of experts, of whose routers the table says nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Parametrization(Recipe):
             raise RecipeError(
                 "parametrization.kind",
                 found=f"'mup' with the {spec.family} family",
-                expected="the granite family, whose config has the multipliers",
+                expected="the granite family, whose config has the multipliers and no experts",
                 mend="Set model.family=granite or parametrization.kind=standard.",
             )
         return spec.changed(logits_scaling=self.width(spec))
@@ -58,7 +58,7 @@ class Parametrization(Recipe):
 
         def mup(name: str, shape: tuple[int, ...]) -> float:
             if role(name, shape) == "matrix":
-                return self.gain / math.sqrt(shape[1]) / (depth if adds_to_residual(name) else 1.0)
+                return self.gain / math.sqrt(shape[-1]) / (depth if adds_to_residual(name) else 1.0)
             if "embed" in name:
                 # A tied embedding is the read-out too, which has to start small.
                 return spec.initializer_range if spec.tie_word_embeddings else self.embedding_std
@@ -68,10 +68,12 @@ class Parametrization(Recipe):
 
 
 def role(name: str, shape: tuple[int, ...]) -> Role:
-    """Matrices inside the layers are 'matrix'; embeddings, read-out, norms and biases are 'vector'."""
-    return "matrix" if len(shape) == 2 and ".layers." in name else "vector"
+    """Matrices inside the layers, those of experts stacked too, are 'matrix'; embeddings, read-out, norms and biases
+    are 'vector'.
+    """
+    return "matrix" if len(shape) >= 2 and ".layers." in name else "vector"
 
 
 def adds_to_residual(name: str) -> bool:
-    """Whether a projection's output is added to the residual stream."""
-    return name.endswith(("o_proj.weight", "down_proj.weight"))
+    """Whether a projection's output is added to the residual stream; stacked experts' names end in no 'weight'."""
+    return name.removesuffix(".weight").endswith(("o_proj", "down_proj"))

@@ -32,6 +32,9 @@ class Optimizer:
         self.names: dict[Tensor, str] = {weight: name for name, weight in named}
         matrices = [weight for name, weight in named if role(name, tuple(weight.shape)) == "matrix"]
         vectors = [weight for name, weight in named if role(name, tuple(weight.shape)) == "vector"]
+        if recipe.name == "muon":  # it takes one matrix at a time: experts, stacked in one tensor, stay with AdamW
+            vectors = vectors + [weight for weight in matrices if weight.ndim > 2]
+            matrices = [weight for weight in matrices if weight.ndim == 2]
         width = parametrization.width(spec)
         adam: dict[str, Any] = {
             "betas": (recipe.adam_beta1, recipe.adam_beta2),
