@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -152,10 +152,9 @@ def plan(told: PlanRecipe, run: Run) -> Path:
     prices = _prices(told, row)
     law = Law.load(told.law)
     candidates = _candidates(told, law, prices, row)
-    offers = _offers(told, law, candidates, prices)
-    if told.hardware == HERE:
-        candidates = _timed(told, candidates, offers, prices, row)
-        offers = _offers(told, law, candidates, prices)
+    offers = (
+        _timed(told, law, candidates, prices, row) if told.hardware == HERE else _offers(told, law, candidates, prices)
+    )
     best = offers[0]
     planned = _recipe(told, best, prices)
     _require_steps(best, planned)
@@ -292,21 +291,30 @@ def _interval(
     return law.spread(schedule.trajectory(law.drawn, sizes, stages, relearned).loss)
 
 
-def _timed(
-    told: PlanRecipe, candidates: Sequence[Candidate], offers: Sequence[Offer], prices: Prices, row: Hardware
-) -> list[Candidate]:
-    """The candidates of the offers, timed on this machine: the others don't come into question."""
-    wanted = {candidate.spec for offer in offers for candidate, _ in offer.stages}
-    chosen = [candidate for candidate in candidates if candidate.spec in wanted]
-    some = _recipe(told, offers[0], prices)
-    speeds = planner.speeds(
-        some, planner.Machine(row, prices.rates), [candidate.spec for candidate in chosen], offers[0].cost.seconds
-    )
-    step = some.rows * some.data.sequence_length
-    return [
-        replace(candidate, seconds=speed.seconds_per_token(step), ready=speed.ready)
-        for candidate, speed in zip(chosen, speeds, strict=True)
-    ]
+def _timed(told: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices: Prices, row: Hardware) -> list[Offer]:
+    """Offers of sizes that were all timed here; until one is, it is taken to be as fast as the nearest that was."""
+    timed: dict[ModelSpec, Candidate] = {}
+    while True:
+        offers = _offers(told, law, candidates, prices)
+        offered = {candidate.spec: candidate for offer in offers for candidate, _ in offer.stages}
+        new = [candidate for spec, candidate in offered.items() if spec not in timed]
+        if not new:
+            return offers
+        some = _recipe(told, offers[0], prices)
+        step = some.rows * some.data.sequence_length
+        here = planner.Machine(row, prices.rates)
+        speeds = planner.speeds(some, here, [candidate.spec for candidate in new], offers[0].cost.seconds)
+        timed |= {
+            candidate.spec: replace(candidate, seconds=speed.seconds_per_token(step), ready=speed.ready)
+            for candidate, speed in zip(new, speeds, strict=True)
+        }
+        candidates = [timed.get(candidate.spec) or _as_fast(candidate, timed.values()) for candidate in candidates]
+
+
+def _as_fast(candidate: Candidate, timed: Iterable[Candidate]) -> Candidate:
+    """A candidate at the FLOP/s of the timed one that is nearest to it in FLOPs a token."""
+    nearest = min(timed, key=lambda one: abs(math.log(one.flops / candidate.flops)))
+    return replace(candidate, seconds=candidate.flops * nearest.seconds / nearest.flops, ready=nearest.ready)
 
 
 def _require_steps(best: Offer, planned: PretrainRecipe) -> None:
