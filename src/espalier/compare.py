@@ -413,6 +413,7 @@ def _view(run: Run, outcomes: Sequence[Outcome], rows: list[ArmRow], recipe: Com
         title=run.name,
         subtitle=f"{shape(specs[0])} → {shape(specs[-1])}; seeds {', '.join(map(str, recipe.seeds))}",
         made_at=time.strftime("%Y-%m-%d %H:%M"),
+        kind="comparison",
         headline=figures,
         curves=[_curve(by_name[row.name]) for row in rows],
         comparison=rows,

@@ -208,6 +208,7 @@ class View:
     title: str
     subtitle: str
     made_at: str
+    kind: str = "run report"
     headline: list[Figure] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     growth: list[GrowthPoint] = field(default_factory=list)

@@ -165,7 +165,7 @@ def plan(told: PlanRecipe, run: Run) -> Path:
     text = "".join(f"# {reason}\n" for reason in reasons) + recipe.dump(planned)
     files.write_text(run.folder / PLANNED, text)
     _report(run.name, offers).save(run.folder / RESULTS)
-    page.save(_view(run.name, told, row, offers, reasons, text), run.folder / PAGE)
+    page.save(_view(run.name, told, row, law, prices, offers, reasons, text), run.folder / PAGE)
     return run.folder / PLANNED
 
 
@@ -434,29 +434,32 @@ def _report(name: str, offers: Sequence[Offer]) -> Report:
     return report
 
 
-def _view(name: str, told: PlanRecipe, row: Hardware, offers: Sequence[Offer], reasons: list[str], text: str) -> View:
+def _view(
+    name: str,
+    told: PlanRecipe,
+    row: Hardware,
+    law: Law,
+    prices: Prices,
+    offers: Sequence[Offer],
+    reasons: list[str],
+    text: str,
+) -> View:
     best = offers[0]
+    interval = f"95% between {best.interval[0]:.3f} and {best.interval[1]:.3f}" if best.interval else "nats a token"
     return View(
         title=name,
         subtitle=f"{_budget(told)} on {row.name}",
         made_at=time.strftime("%Y-%m-%d %H:%M"),
+        kind="plan",
         headline=[
-            Figure("Expected loss", f"{best.loss:.3f}", best.told().removeprefix(f"{best.loss:.3f}").strip(" ()")),
+            Figure("Expected loss", f"{best.loss:.3f}", interval),
             Figure("Final model", units.count(best.stages[-1][0].parameters), shape(best.final)),
             Figure("Training", units.duration(best.cost.seconds), units.money(best.cost.usd)),
             Figure("Tokens", units.count(best.cost.tokens), units.si(best.cost.flops, "FLOP")),
         ],
         alternatives=[
-            Alternative(
-                f"{offer.name}: {offer.path()}",
-                offer.cost.tokens,
-                offer.cost.flops,
-                offer.cost.seconds,
-                offer.cost.usd,
-                offer.cost.kwh,
-                f"expected loss {offer.told()}",
-            )
-            for offer in offers
+            _alternative(f"planned: {best.path()}", best.cost, f"on this budget, to {best.told()}"),
+            *_to_the_same_loss(law, prices, offers),
         ],
         stages=[
             StageRow(
@@ -476,6 +479,21 @@ def _view(name: str, told: PlanRecipe, row: Hardware, offers: Sequence[Offer], r
         machine={key: f"{value} ({row.sources.get(key, 'stated')})" for key, value in _figures(row).items()},
         notes=reasons,
     )
+
+
+def _to_the_same_loss(law: Law, prices: Prices, offers: Sequence[Offer]) -> Iterator[Alternative]:
+    """What the plan's loss would cost with each size from scratch, where it can get there."""
+    best, *others = offers
+    for offer in others:
+        candidate = offer.stages[-1][0]
+        tokens = float(law.terms.tokens_for(best.loss, candidate.parameters))
+        if tokens < math.inf:
+            note = f"to the plan's loss; on this budget it comes to {offer.told()}"
+            yield _alternative(f"{offer.name}: {offer.path()}", prices.of(candidate, tokens), note)
+
+
+def _alternative(name: str, cost: Cost, note: str) -> Alternative:
+    return Alternative(name, cost.tokens, cost.flops, cost.seconds, cost.usd, cost.kwh, note)
 
 
 def _figures(row: Hardware) -> dict[str, str]:
