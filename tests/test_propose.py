@@ -1,6 +1,7 @@
 """Plans from a sum: what is offered follows from the law and the prices, and what comes out can be run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -78,6 +79,18 @@ def test_a_size_beyond_the_best_one_is_grown_into(tmp_path):
     assert "grows at" in said
     without, _, said = planned(tmp_path / "alone", **(flm | {"relearned": 1}))
     assert len(without.stages) == 1 and "grows at" not in said
+
+
+def test_the_shipped_recipe_is_flm_101bs(tmp_path):
+    """Its sum, hardware and size: 21.5 days on 192 GPUs (arXiv 2309.03852, without the time that restarts took)."""
+    path = Path(propose.__file__).parent / "recipes" / "budget" / "flm-101b.yaml"
+    with Run.start(tmp_path / "flm", recipe.load(PlanRecipe, path, []), tell=lambda line: None) as run:
+        made = recipe.load(PretrainRecipe, propose.plan(run.recipe, run), [])
+    offers = json.loads((run.folder / "results.json").read_text())["rows"]
+    days = max(rows(offers, "seconds").values()) / 86_400
+    assert days == pytest.approx(21.54, rel=0.03)
+    assert flops.parameters(made.specs()[-1]) == pytest.approx(101e9, rel=0.03)
+    assert len(made.stages) > 1
 
 
 def test_prices_follow_the_hardware_row(tmp_path):
