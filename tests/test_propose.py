@@ -152,6 +152,11 @@ def test_what_can_not_be_planned_is_refused(tmp_path):
         planned(tmp_path / "far", budget={"usd": 1e-4}, furthest=10)
     with pytest.raises(BudgetError):
         planned(tmp_path / "step", budget={"tokens": 1e-3})
+    with pytest.raises(BudgetError, match="takes none of"):
+        planned(tmp_path / "free", budget={"usd": 5, "usd_per_hour": 0})
+    for far in (1, 1e16):
+        with pytest.raises(RecipeError, match="parameters"):
+            planned(tmp_path / f"{far:g}", parameters=far)
     with pytest.raises(RecipeError, match="law"):
         planned(tmp_path / "law", law="nothing")
 

@@ -191,7 +191,15 @@ def _prices(told: PlanRecipe, row: Hardware) -> Prices:
         watts=budget.watts,
         kgco2e_per_kwh=budget.kgco2e_per_kwh,
     )
-    return Prices(rates, budget.cap(), budget.reserve)
+    prices = Prices(rates, budget.cap(), budget.reserve)
+    if not prices.cap.share_spent(rates.cost(1.0, flops=1.0, tokens=1.0)):
+        raise BudgetError(
+            "budget",
+            found=f"a limit on what {row.name} takes none of",
+            expected="a limit that training uses up",
+            mend="Limit hours, flops or tokens, or state budget.usd_per_hour or budget.watts.",
+        )
+    return prices
 
 
 def _candidates(told: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> list[Candidate]:
@@ -202,6 +210,14 @@ def _candidates(told: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> li
     losses = [found.loss if found else math.inf for found in alone]
     around = told.parameters or every[int(np.argmin(losses))].parameters
     finals = [one for one in every if SMALLER * around <= one.parameters <= LARGER * around]
+    if not finals:
+        raise RecipeError(
+            "parameters",
+            found=units.count(around),
+            expected=f"{units.count(every[0].parameters)} to {units.count(every[-1].parameters)}, "
+            f"with heads of {told.model.head_dim}",
+            mend="Ask for such a size, or change model.head_dim.",
+        )
     starts = [
         _candidate(told, one.spec.hidden_size, layers, speed)
         for one in finals
