@@ -135,7 +135,8 @@ def priced(recipe: PlannedRecipe) -> str:
     here = machine(recipe)
     length = recipe.data.sequence_length
     speed = here.hardware.peak_flops[hardware.compute_dtype(here.hardware)] * USUAL_MFU
-    per_token = [flops.training_flops(spec, length) / speed for spec in recipe.specs()]
+    again = recipe.train.recompute
+    per_token = [flops.training_flops(spec, length, again) / speed for spec in recipe.specs()]
     estimate = _plan(recipe, here.rates, per_token, "estimated")
     total, scratch = estimate.total, estimate.from_scratch
     return (
@@ -160,6 +161,7 @@ def _plan(
         cap=recipe.budget.cap(),
         spent=spent,
         reserve=recipe.budget.reserve,
+        recompute=recipe.train.recompute,
     )
 
 
@@ -168,7 +170,7 @@ def _choose_compute(recipe: PlannedRecipe, here: Machine) -> Device:
     from espalier.train.device import Device
 
     threads = recipe.train.threads or hardware.free_cores()
-    device = Device(kind=here.hardware.kind, threads=threads, compute="float32")
+    device = Device(kind=here.hardware.kind, threads=threads, compute="float32", recompute=recipe.train.recompute)
     half = replace(device, compute="bfloat16")
     if recipe.train.bf16 == "off" or hardware.compute_dtype(here.hardware) == "float32":
         return half if recipe.train.bf16 == "on" else device

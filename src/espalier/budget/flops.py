@@ -13,9 +13,9 @@ from typing import Literal
 
 from espalier.spec import ModelSpec
 
-# What the backward pass computes again: nothing, the attention scores (as fused attention kernels do),
-# or the whole forward pass (activation checkpointing).
-Recompute = Literal["none", "scores", "full"]
+# What the backward pass computes again: nothing, the attention scores (as fused attention kernels do), or the layers
+# (activation checkpointing) up to the input of their last product, whose result no gradient needs.
+Recompute = Literal["none", "scores", "layers"]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def forward_flops(spec: ModelSpec, sequence_length: int) -> int:
 
 def training_flops(spec: ModelSpec, sequence_length: int, recompute: Recompute = "none") -> int:
     """FLOPs per token of forward and backward; the backward takes two products for each of the forward."""
-    forward = forward_flops(spec, sequence_length)
     again = {
-        "none": 0,
-        "scores": sum(op.flops * op.count for op in operators(spec, sequence_length) if op.name == "scores"),
-        "full": forward,
+        "none": (),
+        "scores": ("scores",),
+        "layers": ("q", "k", "v", "scores", "values", "o", "gate", "up"),
     }
-    return 3 * forward + again[recompute]
+    repeated = sum(op.flops * op.count for op in operators(spec, sequence_length) if op.name in again[recompute])
+    return 3 * forward_flops(spec, sequence_length) + repeated
 
 
 def narayanan_flops(spec: ModelSpec, sequence_length: int, recompute: Literal["none", "full"] = "none") -> float:
