@@ -13,7 +13,9 @@ from espalier.spec import ModelSpec
 
 Dtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]
-Attention = Literal["eager", "sdpa"]
+Attention = Literal["eager", "sdpa", "causal_halves"]
+Recompute = Literal["none", "layers"]
+Compile = Literal["off", "layers"]
 SIZE: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # what Muon trains; AdamW trains the rest
@@ -24,25 +26,25 @@ HEADER_BYTES_PER_LAYER = 2048  # safetensors describes a tensor in about 120 byt
 
 @dataclass(frozen=True)
 class Memory:
-    """What one training step holds when the backward pass begins, in bytes.
+    """What one update holds at the moment when it holds most, in bytes.
 
-    weights      4 a parameter (float32 masters); under bfloat16 autocast 2 more for each weight of a product
-    gradients    4 a parameter
+    weights      4 a parameter (float32 masters); under bfloat16 autocast 2 more for each cast that is alive
+    gradients    4 for each parameter whose gradient is there by then
     optimizer    8 a parameter (AdamW's two moments); 4 for those of the layers' matrices under Muon (one momentum)
     activations  what autograd keeps of the layers, see `activation_bytes_per_token`
-    logits       3 float32 copies of one chunk's logits: themselves, their log-softmax, their gradient
+    working      what lives for a few operators only: logits, gradients on their way down, an update in the making
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    working: int
 
     @property
     def total(self) -> int:
         """The sum. The interpreter, torch's libraries (some 400 MB) and allocator slack come on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
 def training_memory(
@@ -54,25 +56,56 @@ def training_memory(
     compute: Dtype,
     loss_chunk: int,
     attention: Attention = "eager",
+    recompute: Recompute = "none",
+    compile: Compile = "off",
+    passes: int = 1,
 ) -> Memory:
-    """Memory of one micro-batch of `rows` x `sequence_length` tokens on one device, nothing recomputed.
+    """The peak of an update on one device: `passes` forward and backward passes of `rows` x `sequence_length` tokens.
 
-    The loss is taken over `loss_chunk` tokens at a time; rows * sequence_length of them is the plain loss.
+    The loss takes `loss_chunk` tokens at a time and makes the gradients of the head and of its input on the way
+    (train/objectives.py). The peak is one of four moments: the loss, the backward pass in the last layer or in the
+    first, the update. Compiled layers keep and hold less than what is stated, by a measure that the compiler chooses.
     """
-    tokens = rows * sequence_length
-    in_products = _layer_matrices(spec) + spec.vocab_size * spec.hidden_size
-    casts = SIZE["bfloat16"] * in_products if compute == "bfloat16" else 0
-    return Memory(
-        weights=4 * parameters(spec) + casts,
-        gradients=4 * parameters(spec),
-        optimizer=optimizer_bytes(spec, optimizer),
-        activations=tokens * activation_bytes_per_token(spec, sequence_length, compute, attention),
-        logits=3 * 4 * min(loss_chunk, tokens) * spec.vocab_size,
-    )
+    tokens, chunk = rows * sequence_length, min(loss_chunk, rows * sequence_length)
+    hidden, embedding = spec.hidden_size, 4 * spec.vocab_size * spec.hidden_size
+    autocast = compute == "bfloat16"
+    state, masters = optimizer_bytes(spec, optimizer), 4 * parameters(spec)
+    casts = SIZE["bfloat16"] * _layer_matrices(spec) * autocast
+    casts_later = casts if recompute == "none" else casts // spec.num_hidden_layers
+
+    before = masters if passes > 1 else 0
+    kept = tokens * activation_bytes_per_token(spec, sequence_length, compute, attention, recompute)
+    part = _layer_parts(spec, sequence_length, compute, attention)
+    again = 0 if recompute == "none" else tokens * (part.total - 4 * hidden)  # its input was kept
+    in_layer = tokens * _most_in_layer(spec, sequence_length, compute, attention)
+
+    head = 4 * tokens * hidden + embedding
+    head += head // 2 * autocast  # the casts of the head's weight and input
+    logits = spec.vocab_size * _loss_bytes(tokens, chunk, compute, compile)
+    first_layer = 4 * _layer_matrices(spec) // spec.num_hidden_layers
+    tied = embedding * (spec.tie_word_embeddings or passes > 1)  # two gradients of one matrix, until they are added
+    matrix = 10 * max(spec.query_size, spec.intermediate_size) * hidden if optimizer == "muon" else 0
+    moments = [
+        Memory(masters + casts, before, state, kept, head + logits),
+        Memory(masters + casts_later, max(before, embedding), state, kept + again, in_layer),
+        Memory(
+            masters + casts_later,
+            max(before, masters - first_layer),
+            state,
+            tokens * part.total,
+            tied + tokens * (4 * hidden + 2 * SIZE[compute] * spec.intermediate_size),
+        ),
+        Memory(masters, masters, state, 0, matrix),
+    ]
+    return max(moments, key=lambda moment: moment.total)
 
 
 def activation_bytes_per_token(
-    spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention = "eager"
+    spec: ModelSpec,
+    sequence_length: int,
+    compute: Dtype,
+    attention: Attention = "eager",
+    recompute: Recompute = "none",
 ) -> int:
     """Bytes that autograd keeps per token for the backward pass when transformers runs the model op by op.
 
@@ -84,25 +117,85 @@ def activation_bytes_per_token(
         eager         4·c·Q + 4·h·T           q, output, and k, v repeated for each query head; float32 softmax,
                       (+ c·h·T)               and its cast under autocast
         or sdpa       2·c·(Q + K) + 4·h       q, output, k, v; log-sum-exp
+        or halves     4·c·Q + 3·h·T           as eager, on three quarters of the scores
+                      (+ 3/4·c·h·T)
         feed-forward  4·c·I                   gate, up, silu(gate), their product
         qwen3 only    (4 + c)·(Q + K)         input and normalized input of the norms over heads,
                       + 4·(h + k)             1/rms
 
-    and the last norm with the input of lm_head 8·d + 4 + c·d. A compiled model keeps less; results that live
-    only inside one operator come on top.
+    or, where layers are recomputed, its input 4·d (and eager attention the one mask 4·T), and the last norm with the
+    input of lm_head 8·d + 4 + c·d. Results that live only inside one operator come on top.
+    """
+    hidden = spec.hidden_size
+    if recompute == "none":
+        layers = spec.num_hidden_layers * _layer_parts(spec, sequence_length, compute, attention).total
+    else:
+        layers = 4 * hidden * spec.num_hidden_layers + (4 * sequence_length if attention == "eager" else 0)
+    return layers + _norm(hidden) + SIZE[compute] * hidden
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes a token that the two halves of a layer keep."""
+
+    attention: int
+    feed_forward: int
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.feed_forward
+
+
+def _layer_parts(spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention) -> _Parts:
+    size, hidden, heads = SIZE[compute], spec.hidden_size, spec.num_attention_heads
+    query, key_value = spec.query_size, spec.key_value_size
+    autocast = compute == "bfloat16"
+    scores = heads * sequence_length * (4 + size * autocast)
+    attended = {
+        "eager": 4 * size * query + scores,
+        "sdpa": 2 * size * (query + key_value) + 4 * heads,
+        "causal_halves": 4 * size * query + scores * 3 // 4,
+    }[attention]
+    if spec.family == "qwen3":
+        attended += (4 + size) * (query + key_value) + 4 * (heads + spec.num_key_value_heads)
+    return _Parts(
+        attention=_norm(hidden) + (3 if autocast else 1) * size * hidden + attended,
+        feed_forward=_norm(hidden) + (2 if autocast else 1) * size * hidden + 4 * size * spec.intermediate_size,
+    )
+
+
+def _norm(hidden: int) -> int:
+    return 8 * hidden + 4
+
+
+def _most_in_layer(spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention) -> int:
+    """Bytes a token by which the backward pass exceeds what was kept, at its highest in the last layer.
+
+    The gradient of the residual stream goes with it all the way. In the last norm some three copies of it are made;
+    in the feed-forward network gradients of two of its inner results; in eager attention two of the scores. What lies
+    behind has been let go.
     """
     hidden, size = spec.hidden_size, SIZE[compute]
-    heads, query, key_value = spec.num_attention_heads, spec.query_size, spec.key_value_size
-    autocast = compute == "bfloat16"
-    norm = 8 * hidden + 4
-    layer = 2 * norm + (5 if autocast else 2) * size * hidden + 4 * size * spec.intermediate_size
-    if attention == "eager":
-        layer += 4 * size * query + (4 + size if autocast else 4) * heads * sequence_length
-    else:
-        layer += 2 * size * (query + key_value) + 4 * heads
-    if spec.family == "qwen3":
-        layer += (4 + size) * (query + key_value) + 4 * (heads + spec.num_key_value_heads)
-    return spec.num_hidden_layers * layer + norm + size * hidden
+    behind = _norm(hidden) + size * hidden
+    scores = 8 * spec.num_attention_heads * sequence_length
+    in_attention = {"eager": scores, "sdpa": 0, "causal_halves": scores // 2}[attention]
+    feed_forward = _layer_parts(spec, sequence_length, compute, attention).feed_forward
+    return max(
+        12 * hidden + (size * hidden if compute == "bfloat16" else 0),
+        4 * hidden + 2 * size * spec.intermediate_size - behind,
+        4 * hidden + in_attention - behind - feed_forward,
+    )
+
+
+def _loss_bytes(tokens: int, chunk: int, compute: Dtype, compile: Compile) -> int:
+    """The most bytes, for each id of the vocabulary, that the loss takes: in its first chunk or in the second.
+
+    A token's logits are there in the compute dtype, their log-softmax in float32, and their gradient. Op by op the
+    softmax, a mask and its float32 copy are there besides. The gradient of the chunk before is still held.
+    """
+    size = SIZE[compute]
+    each = size + 4 + size if compile == "layers" else size + 4 + 4 + 4 + 4 + 1
+    return max(chunk * each, min(chunk, tokens - chunk) * each + chunk * size)
 
 
 def optimizer_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
