@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from espalier.budget.flops import operators, parameters
+from espalier.budget.hardware import Hardware
 from espalier.spec import ModelSpec
 
 Dtype = Literal["float32", "bfloat16"]
@@ -19,6 +20,7 @@ Compile = Literal["off", "layers"]
 SIZE: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # what Muon trains; AdamW trains the rest
+FRAMEWORK = 450_000_000  # resident in a process that has imported torch and transformers, before there is a model
 TOKENIZER_BYTES_PER_ENTRY = 128  # a byte-level BPE entry and its merge in tokenizer.json take less
 SMALL_FILES = 65_536  # config, manifest, made.json, headers of what isn't in a layer
 HEADER_BYTES_PER_LAYER = 2048  # safetensors describes a tensor in about 120 bytes
@@ -43,7 +45,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum. The interpreter, torch's libraries (some 400 MB) and allocator slack come on top."""
+        """The sum. What FRAMEWORK stands for and allocator slack come on top."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
@@ -64,7 +66,7 @@ def training_memory(
 
     The loss takes `loss_chunk` tokens at a time and makes the gradients of the head and of its input on the way
     (train/objectives.py). The peak is one of four moments: the loss, the backward pass in the last layer or in the
-    first, the update. Compiled layers keep and hold less than what is stated, by a measure that the compiler chooses.
+    first, the update.
     """
     tokens, chunk = rows * sequence_length, min(loss_chunk, rows * sequence_length)
     hidden, embedding = spec.hidden_size, 4 * spec.vocab_size * spec.hidden_size
@@ -74,10 +76,10 @@ def training_memory(
     casts_later = casts if recompute == "none" else casts // spec.num_hidden_layers
 
     before = masters if passes > 1 else 0
-    kept = tokens * activation_bytes_per_token(spec, sequence_length, compute, attention, recompute)
-    part = _layer_parts(spec, sequence_length, compute, attention)
+    kept = tokens * activation_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)
+    part = _layer_parts(spec, sequence_length, compute, attention, compile)
     again = 0 if recompute == "none" else tokens * (part.total - 4 * hidden)  # its input was kept
-    in_layer = tokens * _most_in_layer(spec, sequence_length, compute, attention)
+    in_layer = tokens * _most_in_layer(spec, sequence_length, compute, attention, compile)
 
     head = 4 * tokens * hidden + embedding
     head += head // 2 * autocast  # the casts of the head's weight and input
@@ -106,6 +108,7 @@ def activation_bytes_per_token(
     compute: Dtype,
     attention: Attention = "eager",
     recompute: Recompute = "none",
+    compile: Compile = "off",
 ) -> int:
     """Bytes that autograd keeps per token for the backward pass when transformers runs the model op by op.
 
@@ -123,12 +126,13 @@ def activation_bytes_per_token(
         qwen3 only    (4 + c)·(Q + K)         input and normalized input of the norms over heads,
                       + 4·(h + k)             1/rms
 
-    or, where layers are recomputed, its input 4·d (and eager attention the one mask 4·T), and the last norm with the
-    input of lm_head 8·d + 4 + c·d. Results that live only inside one operator come on top.
+    or, where layers are recomputed, its input 4·d (and eager attention the one mask 4·T). The last norm with the input
+    of lm_head keeps 8·d + 4 + c·d. The compiler computes normalized inputs and silu(gate) again, whatever is asked of
+    it, and casts an input once. Results that live only inside one operator come on top.
     """
     hidden = spec.hidden_size
     if recompute == "none":
-        layers = spec.num_hidden_layers * _layer_parts(spec, sequence_length, compute, attention).total
+        layers = spec.num_hidden_layers * _layer_parts(spec, sequence_length, compute, attention, compile).total
     else:
         layers = 4 * hidden * spec.num_hidden_layers + (4 * sequence_length if attention == "eager" else 0)
     return layers + _norm(hidden) + SIZE[compute] * hidden
@@ -146,10 +150,14 @@ class _Parts:
         return self.attention + self.feed_forward
 
 
-def _layer_parts(spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention) -> _Parts:
+def _layer_parts(
+    spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention, compile: Compile
+) -> _Parts:
     size, hidden, heads = SIZE[compute], spec.hidden_size, spec.num_attention_heads
     query, key_value = spec.query_size, spec.key_value_size
-    autocast = compute == "bfloat16"
+    autocast, fused = compute == "bfloat16", compile == "layers"
+    norm = 4 * hidden + 4 if fused else _norm(hidden)
+    casts = 0 if fused or not autocast else size * hidden  # of one input, for the second and third that read it
     scores = heads * sequence_length * (4 + size * autocast)
     attended = {
         "eager": 4 * size * query + scores,
@@ -158,17 +166,17 @@ def _layer_parts(spec: ModelSpec, sequence_length: int, compute: Dtype, attentio
     }[attention]
     if spec.family == "qwen3":
         attended += (4 + size) * (query + key_value) + 4 * (heads + spec.num_key_value_heads)
-    return _Parts(
-        attention=_norm(hidden) + (3 if autocast else 1) * size * hidden + attended,
-        feed_forward=_norm(hidden) + (2 if autocast else 1) * size * hidden + 4 * size * spec.intermediate_size,
-    )
+    inner = (3 if fused else 4) * size * spec.intermediate_size
+    return _Parts(norm + size * hidden + 2 * casts + attended, norm + size * hidden + casts + inner)
 
 
 def _norm(hidden: int) -> int:
     return 8 * hidden + 4
 
 
-def _most_in_layer(spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention) -> int:
+def _most_in_layer(
+    spec: ModelSpec, sequence_length: int, compute: Dtype, attention: Attention, compile: Compile
+) -> int:
     """Bytes a token by which the backward pass exceeds what was kept, at its highest in the last layer.
 
     The gradient of the residual stream goes with it all the way. In the last norm some three copies of it are made;
@@ -179,7 +187,7 @@ def _most_in_layer(spec: ModelSpec, sequence_length: int, compute: Dtype, attent
     behind = _norm(hidden) + size * hidden
     scores = 8 * spec.num_attention_heads * sequence_length
     in_attention = {"eager": scores, "sdpa": 0, "causal_halves": scores // 2}[attention]
-    feed_forward = _layer_parts(spec, sequence_length, compute, attention).feed_forward
+    feed_forward = _layer_parts(spec, sequence_length, compute, attention, compile).feed_forward
     return max(
         12 * hidden + (size * hidden if compute == "bfloat16" else 0),
         4 * hidden + 2 * size * spec.intermediate_size - behind,
@@ -219,6 +227,11 @@ def checkpoint_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
     """The most that a resumable checkpoint takes: a float32 model folder and the optimizer's state with headers."""
     headers = 2 * (SMALL_FILES + HEADER_BYTES_PER_LAYER * spec.num_hidden_layers)
     return folder_bytes(spec, "float32") + optimizer_bytes(spec, optimizer) + headers
+
+
+def of_one_device(hardware: Hardware) -> int:
+    """Bytes that one process may use: a GPU's memory, or all RAM."""
+    return hardware.memory_bytes // (hardware.count if hardware.kind == "cuda" else 1)
 
 
 def _layer_matrices(spec: ModelSpec) -> int:
