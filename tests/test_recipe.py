@@ -86,6 +86,7 @@ VALUES = {
     "grown": [0.01, 0.02],
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")}
+BEYOND["FinetuneRecipe"] = {"data": "rows.jsonl"}
 
 
 def least(kind: type[Recipe]) -> dict:

@@ -2,9 +2,10 @@
 
     python bench/2026-11-24-training-memory/run.py
 
-Every cell is a process of its own: the product's model, device, optimizer and loop, on random tokens. The second update
-is watched: weights and moments are there by then, gradients aren't. The CPU allocator's own reports are added up, so what
-lives inside an operator counts, in compiled layers too. Resident memory (VmHWM above what the imports take) is beside it.
+Every cell is a process of its own: the product's model, device, optimizer and loop, on random tokens. The second
+update is watched: weights and moments are there by then, gradients aren't. The CPU allocator's own reports are added
+up, so what lives inside an operator counts, in compiled layers too. Resident memory (VmHWM above what the imports take)
+is beside it, of a first update that nobody watched.
 """
 
 from __future__ import annotations

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from espalier.train.device import Attention, Device
     from espalier.train.probe import Speed
 
-# Share of the matmul peak that a small model's training reaches, for prices before anything was measured.
-USUAL_MFU = 0.3
 # What the samples, the export and the page take; it is kept back, before the recipe's reserve.
 EXPORT_SECONDS = 5.0
 # Compiling is tried when training takes longer than this many seconds without it.
@@ -179,7 +177,7 @@ def priced(recipe: PlannedRecipe) -> str:
     """What a recipe would take, from the hardware's peak alone."""
     here = machine(recipe)
     length = recipe.data.sequence_length
-    speed = here.hardware.peak_flops[hardware.compute_dtype(here.hardware)] * USUAL_MFU
+    speed = here.hardware.peak_flops[hardware.compute_dtype(here.hardware)] * hardware.USUAL_MFU
     again = recipe.train.recompute
     per_token = [flops.training_flops(spec, length, again) / speed for spec in recipe.specs()]
     estimate = _plan(recipe, here.rates, per_token, "estimated")

@@ -29,6 +29,7 @@ from espalier.run import Run
 SHIPPED = Path(__file__).with_name("hardware.yaml")
 OWN = "hardware.yaml"  # in home: the user's figures
 REMEMBERED = "hardware.json"  # in home: the last benchmark
+USUAL_MFU = 0.3  # share of the matmul peak that training reaches, for prices before anything was measured
 BFLOAT16_PAYS = 1.2  # a smaller gain in products is eaten by the casts of autocast
 FIRST_SIZE, LAST_SIZE = 512, 16_384  # of the square matrices in the benchmark
 COPY_NUMBERS = 64 * 2**20  # float32 numbers copied in the benchmark: 256 MiB, more than caches hold

@@ -72,7 +72,7 @@ def training_memory(
     hidden, embedding = spec.hidden_size, 4 * spec.vocab_size * spec.hidden_size
     autocast = compute == "bfloat16"
     state, masters = optimizer_bytes(spec, optimizer), 4 * parameters(spec)
-    casts = SIZE["bfloat16"] * _layer_matrices(spec) * autocast
+    casts = SIZE["bfloat16"] * layer_matrices(spec) * autocast
     casts_later = casts if recompute == "none" else casts // spec.num_hidden_layers
 
     before = masters if passes > 1 else 0
@@ -83,8 +83,8 @@ def training_memory(
 
     head = 4 * tokens * hidden + embedding
     head += head // 2 * autocast  # the casts of the head's weight and input
-    logits = spec.vocab_size * _loss_bytes(tokens, chunk, compute, compile)
-    first_layer = 4 * _layer_matrices(spec) // spec.num_hidden_layers
+    logits = spec.vocab_size * loss_bytes(tokens, chunk, compute, compile)
+    first_layer = 4 * layer_matrices(spec) // spec.num_hidden_layers
     tied = embedding * (spec.tie_word_embeddings or passes > 1)  # two gradients of one matrix, until they are added
     matrix = 10 * max(spec.query_size, spec.intermediate_size) * hidden if optimizer == "muon" else 0
     moments = [
@@ -195,7 +195,7 @@ def _most_in_layer(
     )
 
 
-def _loss_bytes(tokens: int, chunk: int, compute: Dtype, compile: Compile) -> int:
+def loss_bytes(tokens: int, chunk: int, compute: Dtype, compile: Compile) -> int:
     """The most bytes, for each id of the vocabulary, that the loss takes: in its first chunk or in the second.
 
     A token's logits are there in the compute dtype, their log-softmax in float32, and their gradient. Op by op the
@@ -208,7 +208,7 @@ def _loss_bytes(tokens: int, chunk: int, compute: Dtype, compile: Compile) -> in
 
 def optimizer_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
     """The optimizer's state: float32 moments, two a parameter for AdamW, one for a matrix that Muon trains."""
-    one_moment = _layer_matrices(spec) if optimizer == "muon" else 0
+    one_moment = layer_matrices(spec) if optimizer == "muon" else 0
     return 4 * (2 * parameters(spec) - one_moment)
 
 
@@ -234,6 +234,6 @@ def of_one_device(hardware: Hardware) -> int:
     return hardware.memory_bytes // (hardware.count if hardware.kind == "cuda" else 1)
 
 
-def _layer_matrices(spec: ModelSpec) -> int:
+def layer_matrices(spec: ModelSpec) -> int:
     """Numbers in the two-dimensional weights of the layers: a product takes two FLOPs for each, biases none."""
     return sum(op.flops // 2 * op.count for op in operators(spec, 1) if op.name in MATRICES)
