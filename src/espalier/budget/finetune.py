@@ -209,7 +209,9 @@ def flops_per_token(spec: ModelSpec, way: WayRecipe) -> float:
     attention = sum(op.flops * op.count for op in layers if op.name in ("scores", "values"))
     first = sum(op.flops for op in layers if op.name in ("q", "k", "v"))
     adapters = 2 * adapter_parameters(spec, way)
-    again = sum(op.flops * op.count for op in layers) + adapters if way.recompute == "layers" else 0
+    # A layer is computed again up to the last result that a gradient needs: before `down`, or an adapter on it.
+    repeated = [op for op in layers if op.name != "down" or "down_proj" in way.target]
+    again = sum(op.flops * op.count for op in repeated) + adapters if way.recompute == "layers" else 0
     return 2 * flops.forward_flops(spec, length) + attention - first + 3 * adapters + again
 
 
@@ -267,7 +269,7 @@ def largest_batch(spec: ModelSpec, way: WayRecipe, at_hand: int) -> int:
 
 
 def mend(spec: ModelSpec, way: WayRecipe, at_hand: int) -> str:
-    """The settings, the fewest and mildest first, by which `at_hand` bytes become enough."""
+    """The mildest settings by which `at_hand` bytes become enough."""
     for changes in _milder(way):
         batch = largest_batch(spec, way.changed(**changes), at_hand)
         if batch:
@@ -277,7 +279,7 @@ def mend(spec: ModelSpec, way: WayRecipe, at_hand: int) -> str:
 
 
 def _milder(way: WayRecipe) -> Iterator[dict[str, object]]:
-    """Changes that save memory: fewer rows, recomputation, then adapters, 4 bits, and shorter rows."""
+    """Changes that save memory, each on top of the last: none, recomputation, adapters, 4 bits, shorter rows."""
     yield {}
     changes: dict[str, object] = {}
     if way.recompute == "none":
