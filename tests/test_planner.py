@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from espalier import planner
+from espalier.budget import flops
 from espalier.budget.hardware import Hardware
 from espalier.budget.memory import of_one_device
 from espalier.errors import BudgetError
@@ -58,6 +59,12 @@ def test_what_does_not_fit_is_refused_and_each_mend_makes_it_fit(gigabytes, reco
     mends = re.fullmatch(r"Set (.+)\.", error.mend).group(1).split(" or ")
     for mend in mends:
         planner.require_memory(read(stated, *mend.split()), replace(ROOMY, memory_bytes=at_hand))
+
+
+def test_smaller_passes_are_accumulated():
+    """An update of 32 rows: gradients are there between its passes."""
+    whole, parts = (planner._memory(read("train.batch_tokens=" + tokens), 8, "none")[-1] for tokens in ("2048", "8192"))
+    assert parts - whole == pytest.approx(4 * flops.parameters(read().specs()[-1]), rel=0.01)
 
 
 def test_a_run_that_just_fits_is_let_through():

@@ -126,18 +126,18 @@ def update_peak(peak_bytes, spec, *, rows, micro_rows, sequence_length, optimize
     ],
 )
 @pytest.mark.parametrize(
-    "vocab_size, rows, micro_rows, length",
+    "layers, vocab_size, rows, micro_rows, length",
     [
-        (4096, 8, 8, 160),  # the loss, in chunks, is the peak
-        (64, 8, 4, 128),  # the backward pass in the last layer
-        (1024, 2, 1, 16),  # that in the first layer, or the update
+        (4, 4096, 16, 16, 160),  # the loss, in its second chunk, is the peak
+        (2, 64, 64, 32, 128),  # the backward pass in the last layer
+        (1, 64, 1, 1, 16),  # the update
     ],
     ids=["loss", "backward", "update"],
 )
 def test_the_peak_of_an_update_is_within_10_percent_of_the_allocator_s(
-    peak_bytes, optimizer, compute, attention, recompute, vocab_size, rows, micro_rows, length
+    peak_bytes, optimizer, compute, attention, recompute, layers, vocab_size, rows, micro_rows, length
 ):
-    spec = small("llama", hidden_size=128, intermediate_size=352, num_hidden_layers=4, vocab_size=vocab_size)
+    spec = small("llama", hidden_size=128, intermediate_size=352, num_hidden_layers=layers, vocab_size=vocab_size)
     work = {"sequence_length": length, "optimizer": optimizer, "compute": compute, "attention": attention}
     work["recompute"] = recompute
     measured = update_peak(peak_bytes, spec, rows=rows, micro_rows=micro_rows, **work)

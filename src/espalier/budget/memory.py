@@ -65,8 +65,8 @@ def training_memory(
     """The peak of an update on one device: `passes` forward and backward passes of `rows` x `sequence_length` tokens.
 
     The loss takes `loss_chunk` tokens at a time and makes the gradients of the head and of its input on the way
-    (train/objectives.py). The peak is one of four moments: the loss, the backward pass in the last layer or in the
-    first, the update.
+    (train/objectives.py). The peak is one of five moments: the loss, the backward pass in the last norm, in the last
+    layer or in the first, the update.
     """
     tokens, chunk = rows * sequence_length, min(loss_chunk, rows * sequence_length)
     hidden, embedding = spec.hidden_size, 4 * spec.vocab_size * spec.hidden_size
@@ -79,6 +79,7 @@ def training_memory(
     kept = tokens * activation_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)
     part = _layer_parts(spec, sequence_length, compute, attention, compile)
     again = 0 if recompute == "none" else tokens * (part.total - 4 * hidden)  # its input was kept
+    in_norm = tokens * (12 + 2 * autocast) * hidden  # three copies of its gradient
     in_layer = tokens * _most_in_layer(spec, sequence_length, compute, attention, compile)
 
     head = 4 * tokens * hidden + embedding
@@ -89,6 +90,7 @@ def training_memory(
     matrix = 10 * max(spec.query_size, spec.intermediate_size) * hidden if optimizer == "muon" else 0
     moments = [
         Memory(masters + casts, before, state, kept, head + logits),
+        Memory(masters + casts_later, max(before, embedding), state, kept, in_norm),
         Memory(masters + casts_later, max(before, embedding), state, kept + again, in_layer),
         Memory(
             masters + casts_later,
@@ -179,9 +181,8 @@ def _most_in_layer(
 ) -> int:
     """Bytes a token by which the backward pass exceeds what was kept, at its highest in the last layer.
 
-    The gradient of the residual stream goes with it all the way. In the last norm some three copies of it are made;
-    in the feed-forward network gradients of two of its inner results; in eager attention two of the scores. What lies
-    behind has been let go.
+    The gradient of the residual stream goes with it all the way. In the feed-forward network there are gradients of two
+    of its inner results; in eager attention two of the scores. What lies behind has been let go.
     """
     hidden, size = spec.hidden_size, SIZE[compute]
     behind = _norm(hidden) + size * hidden
@@ -189,7 +190,6 @@ def _most_in_layer(
     in_attention = {"eager": scores, "sdpa": 0, "causal_halves": scores // 2}[attention]
     feed_forward = _layer_parts(spec, sequence_length, compute, attention, compile).feed_forward
     return max(
-        12 * hidden + (size * hidden if compute == "bfloat16" else 0),
         4 * hidden + 2 * size * spec.intermediate_size - behind,
         4 * hidden + in_attention - behind - feed_forward,
     )
