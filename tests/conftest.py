@@ -100,6 +100,21 @@ def make_run(tmp_path, told):
         run.close()
 
 
+@pytest.fixture(scope="session")
+def peak_bytes():
+    """The most that a piece of work holds on the CPU beyond what was there before it, by torch's allocator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak_bytes(work: Callable[[], object]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiled:
+            work()
+        events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return max(itertools.accumulate(sizes))
+
+    return peak_bytes
+
+
 @dataclass(frozen=True)
 class Done:
     """How a command ended, and what it said."""

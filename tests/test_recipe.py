@@ -106,6 +106,7 @@ VALUES = {
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
     "Law": {"parameters": {"low": 1e5, "high": 1e7}, "tokens": {"low": 1e6, "high": 1e6}},
     "FitRecipe": {"points": "runs.csv"},
+    "FinetuneRecipe": {"data": "rows.jsonl"},
     "LadderRecipe": {"run": {"stages": [{"duration": "100%"}]}, "tokens": ["20x", "3M tokens"]},
     "DensityRecipe": {"score": 0.5},
     "QueriesRecipe": {"tokens": "1e5"},

@@ -6,6 +6,7 @@ to repay a trial. The fastest way is kept in plan.json, and a run that is taken 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Self
 from pydantic import model_validator
 
 from espalier import files, units
-from espalier.budget import flops, hardware, price
+from espalier.budget import flops, hardware, memory, price
 from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
 from espalier.data.prepare import DataRecipe
+from espalier.errors import BudgetError
 from espalier.grow.progressive import GrowthRecipe
 from espalier.ledger import Cost, Rates
 from espalier.run import PLAN, Run, read_json
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from espalier.train.device import Attention, Device
     from espalier.train.probe import Speed
 
-# Share of the matmul peak that a small model's training reaches, for prices before anything was measured.
-USUAL_MFU = 0.3
 # What the samples, the export and the page take; it is kept back, before the recipe's reserve.
 EXPORT_SECONDS = 5.0
 # Compiling is tried when training takes longer than this many seconds without it.
@@ -117,6 +117,7 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
     kept = read_json(run.folder / PLAN, None)
     if kept:
         return Settled(Plan.from_json(kept["plan"]), Device(**kept["device"]), here)
+    require_memory(recipe, here.hardware)
     spent = run.ledger.total + here.rates.cost(EXPORT_SECONDS)
     device = _choose_compute(recipe, here)
     speeds = _probe(recipe, device, recipe.specs())
@@ -138,12 +139,55 @@ def speeds(recipe: PlannedRecipe, here: Machine, specs: Sequence[ModelSpec], sec
     return _probe(recipe, device, specs)
 
 
+def require_memory(recipe: PlannedRecipe, row: hardware.Hardware) -> None:
+    """Refuse a run of which a stage doesn't fit the memory of one device, before it takes the machine down."""
+    at_hand = memory.of_one_device(row)
+    needs = _memory(recipe, recipe.micro_rows, recipe.train.recompute)
+    need = max(needs)
+    if need <= at_hand:
+        return
+    rows = next((rows for rows in range(recipe.micro_rows - 1, 0, -1) if _fits(recipe, rows, "none", at_hand)), 0)
+    mends = [f"train.per_device_train_batch_size={rows}"] if rows else []
+    if recipe.train.recompute == "none":
+        again = next((r for r in range(recipe.micro_rows, 0, -1) if _fits(recipe, r, "layers", at_hand)), 0)
+        smaller = f" train.per_device_train_batch_size={again}" if again < recipe.micro_rows else ""
+        mends += [f"train.recompute=layers{smaller}"] if again else []
+    raise BudgetError(
+        f"stage {needs.index(need) + 1}: memory",
+        found=f"{units.si(need, 'B')} at its most in a pass of {recipe.micro_rows} sequences",
+        expected=f"at most {units.si(at_hand, 'B')}, what {row.name} has",
+        mend=f"Set {' or '.join(mends)}." if mends else "Choose a smaller model or a machine with more memory.",
+    )
+
+
+def _memory(recipe: PlannedRecipe, rows: int, recompute: memory.Recompute) -> list[int]:
+    """Bytes that each stage holds at its most with passes of `rows`, in the way that is tried first: op by op."""
+    from espalier.train.objectives import CHUNK
+
+    return [
+        memory.FRAMEWORK
+        + memory.training_memory(
+            spec,
+            rows=rows,
+            sequence_length=recipe.data.sequence_length,
+            optimizer=recipe.optimizer.name,
+            compute="bfloat16" if recipe.train.bf16 == "on" else "float32",
+            loss_chunk=CHUNK,
+            attention="sdpa",
+            recompute=recompute,
+            passes=math.ceil(recipe.rows / rows),
+        ).total
+        for spec in recipe.specs()
+    ]
+
+
 def priced(recipe: PlannedRecipe) -> str:
     """What a recipe would take, from the hardware's peak alone."""
     here = machine(recipe)
     length = recipe.data.sequence_length
-    speed = here.hardware.peak_flops[hardware.compute_dtype(here.hardware)] * USUAL_MFU
-    per_token = [flops.training_flops(spec, length) / speed for spec in recipe.specs()]
+    speed = here.hardware.peak_flops[hardware.compute_dtype(here.hardware)] * hardware.USUAL_MFU
+    again = recipe.train.recompute
+    per_token = [flops.training_flops(spec, length, again) / speed for spec in recipe.specs()]
     estimate = _plan(recipe, here.rates, per_token, "estimated")
     total, scratch = estimate.total, estimate.from_scratch
     return (
@@ -153,6 +197,10 @@ def priced(recipe: PlannedRecipe) -> str:
         f"from scratch at the final size: {units.si(scratch.flops, 'FLOP')}, {units.duration(scratch.seconds)}, "
         f"{units.money(scratch.usd)}"
     )
+
+
+def _fits(recipe: PlannedRecipe, rows: int, recompute: memory.Recompute, at_hand: int) -> bool:
+    return max(_memory(recipe, rows, recompute)) <= at_hand
 
 
 def _plan(
@@ -168,6 +216,7 @@ def _plan(
         cap=recipe.budget.cap(),
         spent=spent,
         reserve=recipe.budget.reserve,
+        recompute=recipe.train.recompute,
     )
 
 
@@ -176,7 +225,7 @@ def _choose_compute(recipe: PlannedRecipe, here: Machine) -> Device:
     from espalier.train.device import Device
 
     threads = recipe.train.threads or hardware.free_cores()
-    device = Device(kind=here.hardware.kind, threads=threads, compute="float32")
+    device = Device(kind=here.hardware.kind, threads=threads, compute="float32", recompute=recipe.train.recompute)
     half = replace(device, compute="bfloat16")
     if recipe.train.bf16 == "off" or hardware.compute_dtype(here.hardware) == "float32":
         return half if recipe.train.bf16 == "on" else device

@@ -229,7 +229,7 @@ def _candidates(told: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> li
 
 
 def _utilization(told: PlanRecipe) -> float:
-    return planner.USUAL_MFU if told.hardware == HERE else told.utilization
+    return hardware.USUAL_MFU if told.hardware == HERE else told.utilization
 
 
 def _candidate(told: PlanRecipe, hidden: int, layers: int | None, speed: float) -> Candidate:

@@ -62,7 +62,7 @@ def test_operators_add_up_to_the_model(counted):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_memory_is_told_by_optimizer_and_recomputation(counted, optimizer, recompute):
     need = memory.training_memory(
         SPEC,

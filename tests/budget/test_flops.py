@@ -1,5 +1,6 @@
 """FLOPs and parameters against what torch and transformers count."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -147,9 +149,14 @@ def test_all_parameters_of_a_dense_model_are_active():
     assert flops.active_parameters(small()) == flops.parameters(small())
 
 
-def test_full_recomputation_costs_one_forward_more():
-    spec = small()
-    assert flops.training_flops(spec, 32, "full") == 4 * flops.forward_flops(spec, 32)
+@SMALL
+@given(specs(), st.integers(2, 40))
+def test_recomputed_layers_cost_what_torch_counts(spec, sequence_length):
+    model = build(spec)
+    for layer in model.base_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    both = counted(model, 2, sequence_length, backward=True)
+    assert flops.training_flops(spec, sequence_length, "layers") == pytest.approx(both, rel=0.001)
 
 
 def test_only_attention_depends_on_the_sequence_length():
@@ -183,8 +190,8 @@ def test_narayanan_estimate_is_exact_for_twelve_d_squared_a_layer(layers, third,
         num_hidden_layers=layers,
         num_attention_heads=3,
     )
-    head = 2 * hidden * vocab
-    full = flops.training_flops(spec, length, "full") - head  # it never recomputes the logits
+    head, down = 2 * hidden * vocab, 2 * hidden * 8 * third
+    full = flops.training_flops(spec, length, "layers") + layers * down  # it recomputes a layer's last product too
     assert flops.narayanan_flops(spec, length, "full") == pytest.approx(full)
     none = flops.training_flops(spec, length) - 3 * head / 4  # and without recomputation has 3/4 of them
     assert flops.narayanan_flops(spec, length, "none") == pytest.approx(none)

@@ -219,8 +219,10 @@ def test_a_part_of_a_row_has_its_share_of_everything_that_adds_up(tmp_path, key,
 def test_hardware_is_found_by_its_key_and_the_machine_at_hand_by_here(tmp_path, measured):
     assert hardware.named("l4", home=tmp_path) == hardware.catalogue(tmp_path)["l4"]
     assert hardware.named("here", home=tmp_path).name == "a bench"
-    with pytest.raises(RecipeError, match="l4"):
+    with pytest.raises(RecipeError, match="Did you mean 'l4"):
         hardware.named("l5", home=tmp_path)
+    with pytest.raises(RecipeError, match=r"Choose one, or add a row to .*hardware\.yaml"):
+        hardware.named("#", home=tmp_path)
 
 
 def test_this_machine_is_measured_once(tmp_path, measured):

@@ -73,6 +73,13 @@ def test_stages_follow_each_other_and_cost_what_their_steps_cost(steps, rows, sp
         assert getattr(made.total, name) == pytest.approx(sum(getattr(stage.cost, name) for stage in made.stages))
 
 
+def test_what_is_computed_again_is_planned_and_charged_to_the_budget():
+    plain, again = (planned("640 tokens", "50%", cap=Cap(flops=1e10), recompute=which) for which in ("none", "layers"))
+    assert again.stages[0].cost.flops == 640 * flops.training_flops(shape(1), LENGTH, "layers")
+    assert again.stages[0].cost.flops > 1.1 * plain.stages[0].cost.flops
+    assert again.stages[1].steps < 0.9 * plain.stages[1].steps, "the same share of FLOPs buys fewer tokens"
+
+
 @given(st.integers(1, 40), st.floats(1e-4, 1))
 def test_from_scratch_is_the_same_tokens_at_the_last_size(steps, speed):
     made = planned(f"{steps * 64} tokens", f"{steps * 64} tokens", speeds=[speed / 2, speed])

@@ -28,13 +28,14 @@ MASKED = {"depth": "masked", "width": "masked", "ramp": 0.5}
 SMALL, LARGE = {"num_hidden_layers": 1, "hidden_size": 32}, {"num_hidden_layers": 2, "hidden_size": 48}
 
 
-def recipe_of(*stages: dict, steps: int = 6, family: str = "granite", **more) -> GrowthRecipe:
+def recipe_of(*stages: dict, steps: int = 6, family: str = "granite", recompute: str = "none", **more) -> GrowthRecipe:
     """Stages of `steps` updates each, saved every fourth update."""
     duration = f"{steps * TOKENS} tokens"
     return GrowthRecipe(
         model={"family": family, "head_dim": 16, "max_position_embeddings": 64},
         stages=[{"duration": duration, **stage} for stage in stages],
-        train={"per_device_train_batch_size": 4, "logging_steps": 1, "evaluations": 2, "save_steps": 4},
+        train={"per_device_train_batch_size": 4, "logging_steps": 1, "evaluations": 2, "save_steps": 4}
+        | {"recompute": recompute},
         **more,
     )
 
@@ -48,6 +49,7 @@ def plan_of(recipe: GrowthRecipe) -> Plan:
         basis="measured",
         rates=Rates(),
         cap=Cap(),
+        recompute=recipe.train.recompute,
     )
 
 
@@ -58,12 +60,12 @@ def setting_of(stream, tmp_path):
     tokenizer.mkdir()
     byte_lengths = np.ones(VOCABULARY, np.int64)
 
-    def setting_of(run: Run, rows: int = 8, reserve: Cost | None = None) -> Setting:
+    def setting_of(run: Run, rows: int = 8, reserve: Cost | None = None, **device) -> Setting:
         def held_out(state):
             more = {"rows": rows, "micro_rows": 4}
             return validate(state.model, stream, byte_lengths, NextToken(), Device(), **more)
 
-        told = {"peak_flops": 1e9, "terminal": False, "objective": NextToken(), "device": Device()}
+        told = {"peak_flops": 1e9, "terminal": False, "objective": NextToken(), "device": Device(**device)}
         return Setting(run, stream, held_out, tokenizer=tokenizer, reserve=reserve or Cost(), **told)
 
     return setting_of
@@ -74,7 +76,7 @@ def carry_out(make_run, setting_of):
     """Carry out a recipe in a new run."""
 
     def carry_out(recipe: GrowthRecipe, run: Run | None = None) -> Outcome:
-        return grow_run(recipe, plan_of(recipe), setting_of(run or make_run()))
+        return grow_run(recipe, plan_of(recipe), setting_of(run or make_run(), recompute=recipe.train.recompute))
 
     return carry_out
 
@@ -242,6 +244,32 @@ def test_every_token_and_flop_is_charged_to_its_stage(carry_out, make_run):
     assert outcome.state.progress.flops == pytest.approx(run.ledger.spent(kind="train").flops)
 
 
+def test_recomputation_changes_the_flops_and_not_the_model(carry_out, make_run):
+    plain, run = carry_out(recipe_of(SMALL, LARGE)), make_run()
+    recipe = recipe_of(SMALL, LARGE, recompute="layers")
+    outcome = carry_out(recipe, run)
+    assert outcome.held_out.loss == pytest.approx(plain.held_out.loss, rel=5e-3), "Muon makes much of rounding"
+    for number, stage in enumerate(plan_of(recipe).stages):
+        assert stage.flops_per_token == flops.training_flops(stage.spec, 16, "layers")
+        assert run.ledger.spent(kind="train", stage=number).flops == pytest.approx(stage.cost.flops)
+        evaluated = run.ledger.spent(kind="evaluate", stage=number).flops / (1 if number == 0 else 2)
+        assert evaluated == pytest.approx(128 * flops.forward_flops(stage.spec, 16)), "nothing is recomputed there"
+    logged = [line["total_flos"] for line in read_lines(run.folder / METRICS) if "loss" in line]
+    assert logged[-1] == pytest.approx(plan_of(recipe).total.flops)
+
+
+def test_maps_are_learned_without_recomputation(carry_out, make_run):
+    """Their weights are stated for the call alone, and would be other ones when the backward pass computes again."""
+    runs = [make_run(), make_run()]
+    outcomes = [
+        carry_out(recipe_of(SMALL, LARGE | LEARNED, recompute=recompute), run)
+        for recompute, run in zip(("none", "layers"), runs, strict=True)
+    ]
+    assert outcomes[1].held_out.loss == pytest.approx(outcomes[0].held_out.loss, rel=5e-3)
+    fits = [next(e.cost.flops for e in run.ledger.entries if (e.kind, e.stage) == ("train", 1)) for run in runs]
+    assert fits[0] == fits[1]
+
+
 @pytest.fixture
 def stop_after(monkeypatch):
     """Send a run its stop signal at the end of one update."""
@@ -275,11 +303,15 @@ def reopened(make_run, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 7, 11])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("growth", [{"depth": "identity"}, MASKED], ids=["padded", "masked"])
+@pytest.mark.parametrize(
+    "growth, recompute",
+    [({"depth": "identity"}, "none"), (MASKED, "none"), ({"depth": "identity"}, "layers")],
+    ids=["padded", "masked", "recomputed"],
+)
 def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bits(
-    carry_out, make_run, reopened, stop_after, step, optimizer, growth, told
+    carry_out, make_run, reopened, stop_after, step, optimizer, growth, recompute, told
 ):
-    recipe = recipe_of(SMALL, LARGE | growth, optimizer={"name": optimizer})
+    recipe = recipe_of(SMALL, LARGE | growth, optimizer={"name": optimizer}, recompute=recompute)
     whole = carry_out(recipe)
     run = make_run()
     stop_after(run, step)

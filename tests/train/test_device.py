@@ -40,6 +40,34 @@ def test_compiled_layers_compute_what_the_plain_ones_do_and_come_off_again(begin
     assert torch.equal(model(inputs).logits, plain) and len(calls) == len(model.base_model.layers)
 
 
+@pytest.mark.parametrize("compile", ["off", "layers"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_recomputed_layers_keep_less_and_give_the_same_gradients(
+    begin, inputs, monkeypatch, compile, compute, training
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args, **more: function(*args, **more))
+    gradients, kept = {}, {}
+    for recompute in ("none", "layers"):
+        device = Device(compute=compute, compile=compile, recompute=recompute)
+        model = begin().model.train(training)  # one that was loaded is in eval mode
+        with torch.no_grad():
+            model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        device.place(model)
+        tensors = {}
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda t, seen=tensors: seen.setdefault(id(t), t), lambda t: t)
+        with device.autocast(), keep:
+            loss = model(inputs, use_cache=False).logits.float().logsumexp(-1).sum()
+        loss.backward()
+        kept[recompute] = sum(tensor.numel() for tensor in tensors.values())
+        gradients[recompute] = {name: weight.grad for name, weight in model.named_parameters()}
+        device.release(model)
+        assert all("forward" not in vars(layer) for layer in model.base_model.layers)
+    assert kept["layers"] < 0.7 * kept["none"]
+    for name, expected in gradients["none"].items():
+        torch.testing.assert_close(gradients["layers"][name], expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_products_run_in_the_compute_dtype_and_weights_stay_fp32(begin, inputs, compute):
     model = begin().model

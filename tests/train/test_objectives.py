@@ -43,6 +43,14 @@ def test_loss_and_gradients_are_those_of_the_full_logits(shape, ignored, scale):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
 
+def test_a_frozen_head_changes_no_other_gradient():
+    hidden_ND, weight_VD, labels_N = problem(2 * CHUNK + 13, 4, 9)
+    _, expected, _ = value_and_gradients(lambda h, w: linear_cross_entropy(h, w, labels_N, 0.5), hidden_ND, weight_VD)
+    hidden_ND.requires_grad_()
+    (3 * linear_cross_entropy(hidden_ND, weight_VD, labels_N, 0.5)).backward()
+    assert torch.equal(hidden_ND.grad, expected) and weight_VD.grad is None
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest fp32 tensor that any operation returned."""
 

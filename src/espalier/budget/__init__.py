@@ -10,4 +10,5 @@ METHODS = {
     "roofline": "verbs:roofline",
     "profile": "espalier.infer.profile:profile",
     "queries": "verbs:queries",
+    "finetune": "finetune:finetune",
 }

@@ -34,7 +34,7 @@ class CountRecipe(Recipe):
     sequence_length  tokens of a row
     batch            rows of an update; micro_batch of them go through a rank at a time, all of its own if not stated
     layout           how devices share the work; one device, if not stated
-    hardware         a row of hardware.yaml, for the time of an update; with links where there are several ranks
+    hardware         `here` or a row of hardware.yaml, for the time of an update; several ranks need links too
     efficiency       the share of the hardware's peak that products reach
     overlap          the share of what data ranks send that hides behind products
     """
@@ -67,7 +67,7 @@ def count(recipe: CountRecipe, run: Run) -> str:
     if recipe.layout.ranks > 1:
         _rank(report, spec, recipe)
     if recipe.hardware:
-        _time(report, spec, recipe)
+        _time(report, spec, recipe, recipe.hardware)
     report.save(run.folder / RESULTS)
     return _shown(report)
 
@@ -126,12 +126,7 @@ def _parts(report: Report, task: str, parts: dict[str, float], note: str) -> Non
         report.add(task, part, value, note=note)
 
 
-def _time(report: Report, spec: ModelSpec, recipe: CountRecipe) -> None:
-    rows = hardware.catalogue(files.home())
-    if recipe.hardware not in rows:
-        raise RecipeError(
-            "hardware", found=repr(recipe.hardware), expected=f"one of {', '.join(rows)}", mend="Name one of them."
-        )
+def _time(report: Report, spec: ModelSpec, recipe: CountRecipe, name: str) -> None:
     if recipe.layout.ranks > 1 and recipe.links is None:
         raise RecipeError(
             "links",
@@ -144,7 +139,7 @@ def _time(report: Report, spec: ModelSpec, recipe: CountRecipe) -> None:
         spec,
         recipe.layout,
         recipe.update(),
-        rows[recipe.hardware],
+        hardware.named(name, home=files.home()),
         links,
         efficiency=recipe.efficiency,
         overlap=recipe.overlap,
@@ -163,7 +158,7 @@ def _shown(report: Report) -> str:
     console = Console(file=text, width=WIDTH)
     operators = [row.task for row in report.rows if row.metric == COUNT]
     holders = [row.task for row in report.rows if (row.metric, row.note) == (TOTAL, BYTES)]
-    parts = [row.metric for row in report.rows if row.task == holders[-1]]
+    parts = [*dict.fromkeys(row.metric for row in report.rows if row.task in holders and row.metric != TOTAL), TOTAL]
     console.print(_table("operator", operators, [COUNT, PARAMETERS, FLOPS, SHARE], report))
     console.print(_list([row for row in report.rows if row.task not in {*operators, *holders}]))
     console.print(_table("bytes", parts, holders, report))

@@ -14,9 +14,9 @@ from typing import Literal
 
 from espalier.spec import ModelSpec
 
-# What the backward pass computes again: nothing, the attention scores (as fused attention kernels do),
-# or the whole forward pass (activation checkpointing).
-Recompute = Literal["none", "scores", "full"]
+# What the backward pass computes again: nothing, the attention scores (as fused attention kernels do), or the layers
+# (activation checkpointing) up to the last result that a gradient needs.
+Recompute = Literal["none", "scores", "layers"]
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,19 @@ def forward_flops(spec: ModelSpec, sequence_length: int) -> int:
 
 
 def training_flops(spec: ModelSpec, sequence_length: int, recompute: Recompute = "none") -> int:
-    """FLOPs per token of forward and backward; the backward takes two products for each of the forward."""
-    forward = forward_flops(spec, sequence_length)
-    again = {
-        "none": 0,
-        "scores": sum(op.flops * op.count for op in operators(spec, sequence_length) if op.name == "scores"),
-        "full": forward,
-    }
-    return 3 * forward + again[recompute]
+    """FLOPs per token of forward and backward; the backward takes two products for each of the forward.
+
+    Of recomputed layers no gradient needs what `down` makes, unless it is an expert's: that of its gate does.
+    """
+    layer = ("q", "k", "v", "scores", "values", "o", "router", "gate", "up")
+    again = {"none": (), "scores": ("scores",), "layers": (*layer, "down") if spec.num_experts else layer}
+    repeated = sum(op.flops * op.count for op in operators(spec, sequence_length) if op.name in again[recompute])
+    return 3 * forward_flops(spec, sequence_length) + repeated
+
+
+def is_expert(op: Operator, spec: ModelSpec) -> bool:
+    """Whether an operator is a mixture's, with a weight for each expert."""
+    return spec.num_experts > 0 and op.name in ("gate", "up", "down")
 
 
 def prefill_flops(spec: ModelSpec, prompt: int) -> int:

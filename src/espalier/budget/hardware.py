@@ -6,6 +6,7 @@ time. Only `measure` imports torch.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ from espalier.run import Run
 SHIPPED = Path(__file__).with_name("hardware.yaml")
 OWN = "hardware.yaml"  # in home: the user's figures
 REMEMBERED = "hardware.json"  # in home: the last benchmark
+USUAL_MFU = 0.3  # share of the matmul peak that training reaches, for prices before anything was measured
 BFLOAT16_PAYS = 1.2  # a smaller gain in products is eaten by the casts of autocast
 FIRST_SIZE, LAST_SIZE = 512, 16_384  # of the square matrices in the benchmark
 COPY_NUMBERS = 64 * 2**20  # float32 numbers copied in the benchmark: 256 MiB, more than caches hold
@@ -142,16 +144,17 @@ def here(*, home: Path) -> Hardware:
 
 
 def named(key: str, *, home: Path) -> Hardware:
-    """The row of the catalogue, or for "here" the machine at hand; an unknown key is refused with the known ones."""
+    """The row of the catalogue, or for "here" the machine at hand; an unknown key is refused with the nearest."""
     if key == "here":
         return here(home=home)
     rows = catalogue(home)
     if key not in rows:
+        near = difflib.get_close_matches(key, ["here", *rows], n=1, cutoff=0.4)
         raise RecipeError(
             "hardware",
             found=repr(key),
             expected=f"here, or one of {', '.join(rows)}",
-            mend=f"Choose one, or add a row to {home / OWN}.",
+            mend=f"Did you mean {near[0]!r}?" if near else f"Choose one, or add a row to {home / OWN}.",
         )
     return rows[key]
 

@@ -23,9 +23,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from espalier.budget.flops import Operator, operators
+from espalier.budget.flops import Operator, is_expert, operators, training_flops
 from espalier.budget.hardware import Hardware
-from espalier.budget.memory import LAYER_INPUT, SIZE, Dtype, Recompute, head_bytes_per_token, layer_bytes_per_token
+from espalier.budget.memory import SIZE, Dtype, Recompute, head_bytes_per_token, layer_bytes_per_token
 from espalier.errors import RecipeError
 from espalier.recipe import Recipe
 from espalier.spec import ModelSpec
@@ -206,12 +206,11 @@ def step_time(
     """
     batches = update.micro_batches(layout)
     peak = efficiency * hardware.peak_flops[update.compute] / hardware.count
-    passes = 4 if update.recompute == "full" else 3
-    compute = batches * update.tokens * passes * _slowest_stage(spec, layout, update) / (layout.tensor * peak)
     sent: dict[Axis, float] = dict.fromkeys(("tensor", "expert", "pipeline", "data"), 0.0)
     for transfer in traffic(spec, layout, update):
         sent[transfer.axis] += transfer.bytes / links.bandwidth(transfer.axis, layout)
     sent["data"] *= 1 - overlap
+    compute = batches * update.tokens * _slowest_stage(spec, layout, update) / (layout.tensor * peak)
     bubble = (compute + sent["tensor"] + sent["expert"]) * (layout.pipeline - 1) / batches
     return StepTime(compute, **sent, bubble=bubble)
 
@@ -238,15 +237,11 @@ class _Held:
         return math.ceil(self.shared / layout.data) + math.ceil(self.experts * layout.expert / layout.data)
 
 
-def _is_expert(op: Operator, spec: ModelSpec) -> bool:
-    return spec.num_experts > 0 and op.name in ("gate", "up", "down")
-
-
 def _layer(spec: ModelSpec, layout: Layout) -> _Held:
     """What a rank holds of one layer: its part of every product, norms and router whole."""
     shared = experts = 0
     for op in _layer_operators(spec, 1):
-        if _is_expert(op, spec):
+        if is_expert(op, spec):
             experts += math.ceil(op.parameters / (layout.tensor * layout.expert))
         else:
             split = op.inputs and op.name != "router"
@@ -271,11 +266,9 @@ def _activations(spec: ModelSpec, layout: Layout, update: Update, stage: int) ->
     """Bytes of what is kept for the backward pass, and of the logits."""
     layers = spec.num_hidden_layers // layout.pipeline
     under_way = min(layout.pipeline - stage, update.micro_batches(layout))
-    layer = layer_bytes_per_token(spec, update.sequence_length, update.compute, "sdpa")
-    if update.recompute == "full":
-        per_token = under_way * layers * LAYER_INPUT * spec.hidden_size + layer
-    else:
-        per_token = under_way * layers * layer
+    whole = layer_bytes_per_token(spec, update.sequence_length, update.compute, "sdpa")
+    kept = layer_bytes_per_token(spec, update.sequence_length, update.compute, "sdpa", update.recompute)
+    per_token = under_way * layers * kept + whole - kept  # a layer at a time is run again
     if stage < layout.pipeline - 1:
         return math.ceil(update.tokens * per_token / layout.tensor), 0
     last = head_bytes_per_token(spec, update.compute)
@@ -283,10 +276,10 @@ def _activations(spec: ModelSpec, layout: Layout, update: Update, stage: int) ->
     return math.ceil(update.tokens * (per_token + last) / layout.tensor), logits
 
 
-def _slowest_stage(spec: ModelSpec, layout: Layout, update: Update) -> float:
-    """FLOPs a token of the forward pass of the last stage, which has the head beside as many layers as the others."""
-    layer = sum(op.flops for op in _layer_operators(spec, update.sequence_length))
-    return layer * spec.num_hidden_layers / layout.pipeline + operators(spec, update.sequence_length)[-1].flops
+def _slowest_stage(spec: ModelSpec, layout: Layout, update: Update) -> int:
+    """FLOPs a token of the last stage, which trains the head beside as many layers as the others have."""
+    stage = spec.changed(num_hidden_layers=spec.num_hidden_layers // layout.pipeline)
+    return training_flops(stage, update.sequence_length, update.recompute)
 
 
 def _ring(size: float, ranks: int) -> float:
@@ -298,7 +291,7 @@ def _transfers(spec: ModelSpec, layout: Layout, update: Update, stage: int) -> I
     """What a rank of one stage sends in an update, with c bytes a number of the compute dtype."""
     batches, layers = update.micro_batches(layout), spec.num_hidden_layers // layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
-    again = 1 if update.recompute == "full" else 0
+    again = 1 if update.recompute == "layers" else 0
     stream = update.tokens * spec.hidden_size * SIZE[update.compute]  # the residual stream of a micro-batch
 
     # A block gathers its input before its first product and scatters its sums after its last, and the backward pass

@@ -143,8 +143,9 @@ def plan(
     cap: Cap,
     spent: Cost | None = None,
     reserve: float = 0.1,
+    recompute: flops.Recompute = "none",
 ) -> Plan:
-    """Turn durations into steps of `rows` sequences, and price them.
+    """Turn durations into steps of `rows` sequences, and price them, with what the backward pass computes again.
 
     spent is what is gone already (data preparation, probes); shares are of what is left, less the reserve.
     BudgetError when a stage isn't worth one step or the whole doesn't fit the cap.
@@ -153,7 +154,7 @@ def plan(
     planned: list[StagePlan] = []
     first_step = 0
     for number, ((spec, duration), speed) in enumerate(zip(stages, seconds_per_token, strict=True), start=1):
-        flops_per_token = flops.training_flops(spec, sequence_length)
+        flops_per_token = flops.training_flops(spec, sequence_length, recompute)
         tokens = _tokens(duration, flops_per_token, speed, left, rates, number)
         step_tokens = rows * sequence_length
         steps = round(tokens / step_tokens) if duration.unit == "tokens" else math.floor(tokens / step_tokens)

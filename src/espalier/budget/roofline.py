@@ -20,9 +20,9 @@ from typing import Literal
 
 from espalier.budget.flops import Operator, operators, parameters
 from espalier.budget.hardware import Hardware
-from espalier.budget.memory import Attention
 from espalier.spec import ModelSpec
 
+Attention = Literal["eager", "sdpa"]
 Bound = Literal["compute", "memory", "link", "overhead"]
 
 # Kernels of one occurrence as transformers runs it op by op; one where nothing is said. Elementwise are rotary

@@ -12,8 +12,7 @@ from espalier import files, units
 from espalier.budget import hardware, inference, price, roofline_page
 from espalier.budget.hardware import Hardware
 from espalier.budget.inference import RuntimeProfile, Slope
-from espalier.budget.memory import Attention
-from espalier.budget.roofline import Roofline, Setting
+from espalier.budget.roofline import Attention, Roofline, Setting
 from espalier.budget.roofline_page import Estimate
 from espalier.errors import RecipeError
 from espalier.folder import ModelFolder

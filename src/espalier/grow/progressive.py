@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from espalier import units
+from espalier.budget import flops
 from espalier.budget.plan import Duration, DurationText, Plan
 from espalier.errors import BudgetError, ModelError
 from espalier.grow import operators
@@ -197,8 +198,11 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         samples_per_epoch=setting.train_stream.rows,
     )
     every = max(plan.steps // recipe.train.evaluations, 1)
+    length = setting.train_stream.sequence_length
     validates = [
-        moments.Validate(run, meter, setting.held_out, every=every, flops_per_token=stage.flops_per_token / 3)
+        moments.Validate(
+            run, meter, setting.held_out, every=every, flops_per_token=flops.forward_flops(stage.spec, length)
+        )
         for stage in plan.stages
     ]
     ending: Ending = "done"
@@ -414,21 +418,22 @@ def _fit(
     run, stage, number = setting.run, plan.stages[progress.stage], progress.stage
     weights = old.state_dict()
     maps = learned.Maps(growths, axes.discover(old.config.to_dict()), weights.__getitem__)
-    tokens = stage.rows * setting.train_stream.sequence_length
-    # A third of training is the forward pass, and so it is for the maps.
-    flops = tokens * stage.flops_per_token + 3 * maps.flops
+    length = setting.train_stream.sequence_length
+    tokens = stage.rows * length
+    # A third of training is the forward pass, and so it is for the maps; nothing is recomputed.
+    spent = tokens * flops.training_flops(stage.spec, length) + 3 * maps.flops
     update = stage.cost * (1 / stage.steps) + Cost(flops=3 * maps.flops)
     updates = max(round(recipe.stages[number].fit * stage.steps), 1)
 
     def after(done: int) -> Progress:
-        more = {"step": done, "samples": done * stage.rows, "tokens": done * tokens, "flops": done * flops}
+        more = {"step": done, "samples": done * stage.rows, "tokens": done * tokens, "flops": done * spent}
         return replace(progress, **{key: getattr(progress, key) + amount for key, amount in more.items()})
 
     def goes_on() -> bool:
         return run.stop_signal is None and run.affords(setting.reserve + update)
 
     def count(done: int, loss: float) -> bool:
-        run.charge("train", tokens=tokens, flops=flops, stage=number, step=after(done).step)
+        run.charge("train", tokens=tokens, flops=spent, stage=number, step=after(done).step)
         return done == updates or goes_on()
 
     if not goes_on():

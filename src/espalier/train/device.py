@@ -1,6 +1,6 @@
 """Where and how the arithmetic runs, decided once per run and kept in its plan: a resumed run does the same.
 
-Applied to a model from outside, in this order: device, attention, compile.
+Applied to a model from outside, in this order: device, attention, recompute, compile.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from espalier import files
@@ -47,13 +49,20 @@ def keep_memory() -> None:
 
 @dataclass(frozen=True)
 class Device:
-    """threads: of the CPU; compute: dtype of the matmuls (weights stay fp32); compile: 'layers' or 'off'."""
+    """Where and how the arithmetic runs.
+
+    threads    of the CPU
+    compute    dtype of the matmuls; weights stay fp32
+    compile    whether layers are compiled
+    recompute  whether layers keep their input alone and are computed again in the backward pass
+    """
 
     kind: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     compute: Literal["bfloat16", "float32"] = "float32"
     compile: Literal["layers", "off"] = "off"
     attention: Attention = "sdpa"
+    recompute: Literal["none", "layers"] = "none"
 
     def prepare(self) -> None:
         """Set what holds for the whole process: the threads, and that freed memory is kept."""
@@ -64,10 +73,14 @@ class Device:
         """Move a model here and prepare its layers.
 
         Layers are compiled one by one: they share one graph, so a deeper model compiles no longer than a shallow
-        one and a growth in depth compiles nothing.
+        one and a growth in depth compiles nothing. Recomputation is inside what is compiled, so that the compiler
+        sees both passes. transformers' own switch for it does nothing in eval mode, which loaded models are in.
         """
         model.to(self.kind)
         model.set_attn_implementation(self.attention)
+        if self.recompute == "layers":
+            for layer in model.base_model.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if self.compile == "layers":
             torch._dynamo.config.recompile_limit = GRAPHS
             for layer in model.base_model.layers:
@@ -78,7 +91,7 @@ class Device:
         return torch.compile(function, dynamic=False) if self.compile == "layers" else function  # type: ignore[return-value]
 
     def release(self, model: PreTrainedModel) -> None:
-        """Undo the compilation, for inputs of other shapes than training's."""
+        """Undo recomputation and compilation, for what isn't training and for inputs of other shapes."""
         for layer in model.base_model.layers:
             vars(layer).pop("forward", None)
 

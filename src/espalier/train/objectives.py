@@ -92,20 +92,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight = torch.zeros_like(weight_VD)
+        grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None  # a frozen head needs none
         total = torch.zeros((), device=hidden.device)
         for rows in _chunks(len(labels_N)):
             loss, grad_logits = chunk(hidden[rows] @ weight.T, labels_N[rows], scale)
             total += loss
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grads[0])
+        return grad_hidden.mul_(grads[0]), grad_weight, None, None, None, None
 
 
 def _chunks(length: int) -> list[slice]:

@@ -1,0 +1,89 @@
+"""The planner refuses what the machine's memory can't hold, before a step is made, and its mend helps."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from espalier import planner
+from espalier.budget import flops
+from espalier.budget.hardware import Hardware
+from espalier.budget.memory import of_one_device
+from espalier.errors import BudgetError
+from espalier.ledger import Rates
+from espalier.planner import Machine, PlannedRecipe
+from espalier.recipe import parse
+
+RECIPE = """
+data: {vocab_size: 4096, sequence_length: 256}
+model: {head_dim: 64}
+stages:
+  - {num_hidden_layers: 2, hidden_size: 64, duration: 10M tokens}
+  - {num_hidden_layers: 8, hidden_size: 512, duration: 10M tokens}
+train: {per_device_train_batch_size: 32}
+"""
+ROOMY = Hardware(
+    name="a machine for tests",
+    kind="cpu",
+    count=2,
+    peak_flops={"float32": 1e11, "bfloat16": 1e11},
+    memory_bytes=10**11,
+    memory_bandwidth=1e10,
+    watts=20.0,
+    usd_per_hour=0.1,
+    kgco2e_per_kwh=0.4,
+    sources={},
+)
+
+
+def read(*overrides: str) -> PlannedRecipe:
+    return parse(PlannedRecipe, RECIPE, list(overrides), where="recipe.yaml")
+
+
+def refusal(recipe: PlannedRecipe, memory_bytes: int) -> BudgetError:
+    with pytest.raises(BudgetError) as refused:
+        planner.require_memory(recipe, replace(ROOMY, memory_bytes=memory_bytes))
+    return refused.value
+
+
+@pytest.mark.parametrize("gigabytes", [1.5, 2, 3, 4])
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_what_does_not_fit_is_refused_and_each_mend_makes_it_fit(gigabytes, recompute):
+    at_hand, stated = int(gigabytes * 1e9), f"train.recompute={recompute}"
+    needed = max(planner._memory(read(stated), 32, recompute))
+    if needed <= at_hand:
+        planner.require_memory(read(stated), replace(ROOMY, memory_bytes=at_hand))
+        return
+    error = refusal(read(stated), at_hand)
+    assert error.where.startswith("stage 2") and error.exit_code == 8
+    mends = re.fullmatch(r"Set (.+)\.", error.mend).group(1).split(" or ")
+    for mend in mends:
+        planner.require_memory(read(stated, *mend.split()), replace(ROOMY, memory_bytes=at_hand))
+
+
+def test_smaller_passes_are_accumulated():
+    """An update of 32 rows: gradients are there between its passes."""
+    whole, parts = (planner._memory(read("train.batch_tokens=" + tokens), 8, "none")[-1] for tokens in ("2048", "8192"))
+    assert parts - whole == pytest.approx(4 * flops.parameters(read().specs()[-1]), rel=0.01)
+
+
+def test_a_run_that_just_fits_is_let_through():
+    needed = max(planner._memory(read(), 32, "none"))
+    planner.require_memory(read(), replace(ROOMY, memory_bytes=needed))
+    refusal(read(), needed - 1)
+
+
+def test_a_model_that_fits_in_no_way_is_told_so():
+    assert "smaller model" in refusal(read(), 600_000_000).mend
+
+
+def test_gpus_count_one_by_one():
+    assert of_one_device(replace(ROOMY, kind="cuda", count=4)) == ROOMY.memory_bytes // 4
+    assert of_one_device(replace(ROOMY, count=4)) == ROOMY.memory_bytes
+
+
+def test_nothing_is_tried_before_the_refusal(monkeypatch, make_run):
+    monkeypatch.setattr(planner, "_probe", lambda *_: pytest.fail("a step was made"))
+    small = Machine(replace(ROOMY, memory_bytes=10**9), Rates())
+    with pytest.raises(BudgetError, match="memory"):
+        planner.settle(read(), small, make_run())
