@@ -20,15 +20,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SIZES = {
-    "0.2M": {"hidden_size": 64, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": 512},
+    "0.3M": {"hidden_size": 64, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": 512},
     "5M": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 768},
     "20M": {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1280},
 }
 PASSES = 5  # forward and backward passes that are timed, not while they are watched
 # size, rows of an update, rows of a pass, tokens of a row, optimizer, dtype, attention, recomputation, compilation
 CELLS = [
-    ("0.2M", 32, 32, 256, "adamw", "float32", "sdpa", "none", "off"),
-    ("0.2M", 32, 16, 256, "adamw", "bfloat16", "eager", "layers", "off"),
+    ("0.3M", 32, 32, 256, "adamw", "float32", "sdpa", "none", "off"),
+    ("0.3M", 32, 16, 256, "adamw", "bfloat16", "eager", "layers", "off"),
     ("5M", 8, 8, 256, "adamw", "float32", "sdpa", "none", "off"),
     ("5M", 8, 8, 256, "muon", "float32", "eager", "none", "off"),
     ("5M", 16, 8, 256, "muon", "bfloat16", "sdpa", "none", "off"),
