@@ -231,7 +231,7 @@ def checkpoint_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
 
 
 def most_that_fit(fits: Callable[[int], bool]) -> int:
-    """The largest number for which `fits` holds, 0 if it doesn't for 1. It must hold for all smaller numbers as well."""
+    """The largest number for which `fits` holds, 0 if it doesn't for 1. It must hold for all smaller ones as well."""
     most = 1
     while fits(most):
         most *= 2
