@@ -40,6 +40,10 @@ def read(*overrides: str) -> PlannedRecipe:
     return parse(PlannedRecipe, RECIPE, list(overrides), where="recipe.yaml")
 
 
+def memory_of(recipe: PlannedRecipe, rows: int, recompute: str) -> list[int]:
+    return planner._memory(recipe, recipe.specs(), rows, recompute)
+
+
 def refusal(recipe: PlannedRecipe, memory_bytes: int) -> BudgetError:
     with pytest.raises(BudgetError) as refused:
         planner.require_memory(recipe, replace(ROOMY, memory_bytes=memory_bytes))
@@ -50,7 +54,7 @@ def refusal(recipe: PlannedRecipe, memory_bytes: int) -> BudgetError:
 @pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_what_does_not_fit_is_refused_and_each_mend_makes_it_fit(gigabytes, recompute):
     at_hand, stated = int(gigabytes * 1e9), f"train.recompute={recompute}"
-    needed = max(planner._memory(read(stated), 32, recompute))
+    needed = max(memory_of(read(stated), 32, recompute))
     if needed <= at_hand:
         planner.require_memory(read(stated), replace(ROOMY, memory_bytes=at_hand))
         return
@@ -63,14 +67,20 @@ def test_what_does_not_fit_is_refused_and_each_mend_makes_it_fit(gigabytes, reco
 
 def test_smaller_passes_are_accumulated():
     """An update of 32 rows: gradients are there between its passes."""
-    whole, parts = (planner._memory(read("train.batch_tokens=" + tokens), 8, "none")[-1] for tokens in ("2048", "8192"))
+    whole, parts = (memory_of(read("train.batch_tokens=" + tokens), 8, "none")[-1] for tokens in ("2048", "8192"))
     assert parts - whole == pytest.approx(4 * flops.parameters(read().specs()[-1]), rel=0.01)
 
 
 def test_a_run_that_just_fits_is_let_through():
-    needed = max(planner._memory(read(), 32, "none"))
+    needed = max(memory_of(read(), 32, "none"))
     planner.require_memory(read(), replace(ROOMY, memory_bytes=needed))
     refusal(read(), needed - 1)
+
+
+def test_the_largest_batch_that_fits_is_found_at_once_among_millions():
+    recipe = read("train.batch_tokens=10_000_000_000", "train.per_device_train_batch_size=30_000_000")
+    at_hand = max(memory_of(recipe, 3_000_000, "none"))
+    assert refusal(recipe, at_hand).mend.startswith("Set train.per_device_train_batch_size=3000000 or ")
 
 
 def test_a_model_that_fits_in_no_way_is_told_so():

@@ -142,16 +142,12 @@ def speeds(recipe: PlannedRecipe, here: Machine, specs: Sequence[ModelSpec], sec
 def require_memory(recipe: PlannedRecipe, row: hardware.Hardware) -> None:
     """Refuse a run of which a stage doesn't fit the memory of one device, before it takes the machine down."""
     at_hand = memory.of_one_device(row)
-    needs = _memory(recipe, recipe.micro_rows, recipe.train.recompute)
+    needs = _memory(recipe, recipe.specs(), recipe.micro_rows, recipe.train.recompute)
     need = max(needs)
     if need <= at_hand:
         return
-    rows = next((rows for rows in range(recipe.micro_rows - 1, 0, -1) if _fits(recipe, rows, "none", at_hand)), 0)
-    mends = [f"train.per_device_train_batch_size={rows}"] if rows else []
-    if recipe.train.recompute == "none":
-        again = next((r for r in range(recipe.micro_rows, 0, -1) if _fits(recipe, r, "layers", at_hand)), 0)
-        smaller = f" train.per_device_train_batch_size={again}" if again < recipe.micro_rows else ""
-        mends += [f"train.recompute=layers{smaller}"] if again else []
+    ways: Sequence[memory.Recompute] = ("layers",) if recipe.train.recompute == "layers" else ("none", "layers")
+    mends = [mend for way in ways if (mend := _mend(recipe, way, at_hand))]
     raise BudgetError(
         f"stage {needs.index(need) + 1}: memory",
         found=f"{units.si(need, 'B')} at its most in a pass of {recipe.micro_rows} sequences",
@@ -160,7 +156,18 @@ def require_memory(recipe: PlannedRecipe, row: hardware.Hardware) -> None:
     )
 
 
-def _memory(recipe: PlannedRecipe, rows: int, recompute: memory.Recompute) -> list[int]:
+def _mend(recipe: PlannedRecipe, recompute: memory.Recompute, at_hand: int) -> str:
+    """The settings by which passes with this recomputation fit; "" if there are none."""
+    specs = recipe.specs()
+    rows = memory.most_that_fit(
+        lambda rows: rows <= recipe.micro_rows and max(_memory(recipe, specs, rows, recompute)) <= at_hand
+    )
+    settings: dict[str, object] = {"train.recompute": recompute} if recompute != recipe.train.recompute else {}
+    settings |= {"train.per_device_train_batch_size": rows} if rows < recipe.micro_rows else {}
+    return " ".join(f"{key}={value}" for key, value in settings.items()) if rows else ""
+
+
+def _memory(recipe: PlannedRecipe, specs: Sequence[ModelSpec], rows: int, recompute: memory.Recompute) -> list[int]:
     """Bytes that each stage holds at its most with passes of `rows`, in the way that is tried first: op by op."""
     from espalier.train.objectives import CHUNK
 
@@ -177,7 +184,7 @@ def _memory(recipe: PlannedRecipe, rows: int, recompute: memory.Recompute) -> li
             recompute=recompute,
             passes=math.ceil(recipe.rows / rows),
         ).total
-        for spec in recipe.specs()
+        for spec in specs
     ]
 
 
@@ -197,10 +204,6 @@ def priced(recipe: PlannedRecipe) -> str:
         f"from scratch at the final size: {units.si(scratch.flops, 'FLOP')}, {units.duration(scratch.seconds)}, "
         f"{units.money(scratch.usd)}"
     )
-
-
-def _fits(recipe: PlannedRecipe, rows: int, recompute: memory.Recompute, at_hand: int) -> bool:
-    return max(_memory(recipe, rows, recompute)) <= at_hand
 
 
 def _plan(

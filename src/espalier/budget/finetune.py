@@ -264,16 +264,7 @@ def need_of(spec: ModelSpec, way: WayRecipe) -> Need:
 
 def largest_batch(spec: ModelSpec, way: WayRecipe, at_hand: int) -> int:
     """The most rows in a pass for which `at_hand` bytes are enough; 0 if one row is too much."""
-    fits = lambda batch: need_of(spec, way.changed(batch=batch)).total <= at_hand  # noqa: E731
-    if not fits(1):
-        return 0
-    least, most = 1, 2
-    while fits(most):
-        least, most = most, 2 * most
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return least
+    return memory.most_that_fit(lambda batch: need_of(spec, way.changed(batch=batch)).total <= at_hand)
 
 
 def mend(spec: ModelSpec, way: WayRecipe, at_hand: int) -> str:

@@ -6,6 +6,7 @@ All results are bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -281,6 +282,18 @@ def checkpoint_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
     """The most that a resumable checkpoint takes: a float32 model folder and the optimizer's state with headers."""
     headers = 2 * (SMALL_FILES + _header_bytes(spec))
     return folder_bytes(spec, "float32") + optimizer_bytes(spec, optimizer) + headers
+
+
+def most_that_fit(fits: Callable[[int], bool]) -> int:
+    """The largest number for which `fits` holds, 0 if it doesn't for 1. It must hold for all smaller ones as well."""
+    most = 1
+    while fits(most):
+        most *= 2
+    least = most // 2
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
 
 
 def of_one_device(hardware: Hardware) -> int:
