@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from espalier import files, page, planner, recipe, units
+from espalier import files, page, planner, units
 from espalier.budget import flops, hardware, price, schedule
 from espalier.budget.hardware import Hardware
 from espalier.budget.plan import BudgetRecipe
@@ -28,6 +28,7 @@ from espalier.ledger import Cap, Cost, Rates
 from espalier.method import method
 from espalier.page import Alternative, Figure, StageRow, View
 from espalier.pipeline import PretrainRecipe
+from espalier.recipe import dump
 from espalier.report import Report
 from espalier.run import PAGE, RESULTS, Run
 from espalier.spec import ModelSpec
@@ -146,37 +147,39 @@ class Offer:
 
 
 @method(needs="a law of the loss for the data at hand", costs="seconds, and on this machine a few steps of some sizes")
-def plan(told: PlanRecipe, run: Run) -> Path:
+def plan(recipe: PlanRecipe, run: Run) -> Path:
     """Plan the run that makes the best model of a sum of money, hours or energy, and write its recipe."""
-    row = _row(told)
-    prices = _prices(told, row)
-    law = Law.load(told.law)
-    candidates = _candidates(told, law, prices, row)
+    row = _row(recipe)
+    prices = _prices(recipe, row)
+    law = Law.load(recipe.law)
+    candidates = _candidates(recipe, law, prices, row)
     offers = (
-        _timed(told, law, candidates, prices, row) if told.hardware == HERE else _offers(told, law, candidates, prices)
+        _timed(recipe, law, candidates, prices, row)
+        if recipe.hardware == HERE
+        else _offers(recipe, law, candidates, prices)
     )
     best = offers[0]
-    planned = _recipe(told, best, prices)
+    planned = _recipe(recipe, best, prices)
     _require_steps(best, planned)
-    _require_inside(told, law, best)
-    reasons = list(_reasons(told, law, row, prices, offers, planned))
+    _require_inside(recipe, law, best)
+    reasons = list(_reasons(recipe, law, row, prices, offers, planned))
     run.tell("\n".join(reasons))
     _tell(offers)
-    text = "".join(f"# {reason}\n" for reason in reasons) + recipe.dump(planned)
+    text = "".join(f"# {reason}\n" for reason in reasons) + dump(planned)
     files.write_text(run.folder / PLANNED, text)
     _report(run.name, offers).save(run.folder / RESULTS)
-    page.save(_view(run.name, told, row, law, prices, offers, reasons, text), run.folder / PAGE)
+    page.save(_view(run.name, recipe, row, law, prices, offers, reasons, text), run.folder / PAGE)
     return run.folder / PLANNED
 
 
-def _row(told: PlanRecipe) -> Hardware:
+def _row(recipe: PlanRecipe) -> Hardware:
     """The hardware that the plan is for."""
-    row = hardware.named(told.hardware, home=files.home())
-    return row if told.hardware == HERE else row.part(told.devices)
+    row = hardware.named(recipe.hardware, home=files.home())
+    return row if recipe.hardware == HERE else row.part(recipe.devices)
 
 
-def _prices(told: PlanRecipe, row: Hardware) -> Prices:
-    budget = told.budget
+def _prices(recipe: PlanRecipe, row: Hardware) -> Prices:
+    budget = recipe.budget
     if budget.cap() == Cap():
         raise RecipeError(
             "budget",
@@ -202,24 +205,24 @@ def _prices(told: PlanRecipe, row: Hardware) -> Prices:
     return prices
 
 
-def _candidates(told: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> list[Candidate]:
+def _candidates(recipe: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> list[Candidate]:
     """Sizes around the one that would be best from scratch, and those from which they may be stacked."""
-    speed = row.peak_flops[hardware.compute_dtype(row)] * _utilization(told)
-    every = [_candidate(told, heads * told.model.head_dim, None, speed) for heads in HEADS]
+    speed = row.peak_flops[hardware.compute_dtype(row)] * _utilization(recipe)
+    every = [_candidate(recipe, heads * recipe.model.head_dim, None, speed) for heads in HEADS]
     alone = [schedule.from_scratch(law.terms, [prices.size(one)], 0, prices.usable) for one in every]
     losses = [found.loss if found else math.inf for found in alone]
-    around = told.parameters or every[int(np.argmin(losses))].parameters
+    around = recipe.parameters or every[int(np.argmin(losses))].parameters
     finals = [one for one in every if SMALLER * around <= one.parameters <= LARGER * around]
     if not finals:
         raise RecipeError(
             "parameters",
             found=units.count(around),
             expected=f"{units.count(every[0].parameters)} to {units.count(every[-1].parameters)}, "
-            f"with heads of {told.model.head_dim}",
+            f"with heads of {recipe.model.head_dim}",
             mend="Ask for such a size, or change model.head_dim.",
         )
     starts = [
-        _candidate(told, one.spec.hidden_size, layers, speed)
+        _candidate(recipe, one.spec.hidden_size, layers, speed)
         for one in finals
         for layers in sorted({max(round(share * one.spec.num_hidden_layers), 1) for share in STARTS})
         if layers < one.spec.num_hidden_layers
@@ -228,18 +231,18 @@ def _candidates(told: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> li
     return sorted(finals + starts, key=lambda one: (one.spec.hidden_size, one.spec.num_hidden_layers))
 
 
-def _utilization(told: PlanRecipe) -> float:
-    return hardware.USUAL_MFU if told.hardware == HERE else told.utilization
+def _utilization(recipe: PlanRecipe) -> float:
+    return hardware.USUAL_MFU if recipe.hardware == HERE else recipe.utilization
 
 
-def _candidate(told: PlanRecipe, hidden: int, layers: int | None, speed: float) -> Candidate:
-    sizes = told.model.model_dump(exclude_none=True) | {
-        "vocab_size": told.model.vocab_size or told.data.vocab_size,
+def _candidate(recipe: PlanRecipe, hidden: int, layers: int | None, speed: float) -> Candidate:
+    sizes = recipe.model.model_dump(exclude_none=True) | {
+        "vocab_size": recipe.model.vocab_size or recipe.data.vocab_size,
         "hidden_size": hidden,
         "num_hidden_layers": layers or _depth(hidden),
     }
-    spec = told.parametrization.carried_by(ModelSpec.stated(sizes, where="model"))
-    each = flops.training_flops(spec, told.data.sequence_length)
+    spec = recipe.parametrization.carried_by(ModelSpec.stated(sizes, where="model"))
+    each = flops.training_flops(spec, recipe.data.sequence_length)
     return Candidate(spec, each, each / speed)
 
 
@@ -248,29 +251,29 @@ def _depth(hidden: int) -> int:
     return max(round(hidden / min(max(hidden / LEAST_ASPECT, LEAST_ASPECT), MOST_ASPECT)), 2)
 
 
-def _wanted(told: PlanRecipe, candidates: Sequence[Candidate]) -> list[bool]:
+def _wanted(recipe: PlanRecipe, candidates: Sequence[Candidate]) -> list[bool]:
     """Which candidates may be the final model: any full depth, or the one nearest to what was asked for."""
     finals = [one.full for one in candidates]
-    if told.parameters is None:
+    if recipe.parameters is None:
         return finals
-    distances = [abs(math.log(one.parameters / told.parameters)) for one in candidates]
+    distances = [abs(math.log(one.parameters / recipe.parameters)) for one in candidates]
     nearest = min(distance for distance, final in zip(distances, finals, strict=True) if final)
     return [final and distance == nearest for distance, final in zip(distances, finals, strict=True)]
 
 
-def _offers(told: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices: Prices) -> list[Offer]:
+def _offers(recipe: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices: Prices) -> list[Offer]:
     """The plan, then what else the budget would buy: its size from scratch, and the best three others."""
     terms, usable = law.terms, prices.usable
     sizes = [prices.size(candidate) for candidate in candidates]
     # Beginning a stage is taken to cost a little more than it does, or there would be stages of no account.
     dear = [
         replace(size, ready=size.ready + LEAST_STAGE, after=0.0 if wanted else math.inf)
-        for size, wanted in zip(sizes, _wanted(told, candidates), strict=True)
+        for size, wanted in zip(sizes, _wanted(recipe, candidates), strict=True)
     ]
 
     def relearned(before: int, after: int) -> float:
         one, other = candidates[before].spec, candidates[after].spec
-        return told.relearned if one.hidden_size == other.hidden_size and told.relearned < 1 else math.inf
+        return recipe.relearned if one.hidden_size == other.hidden_size and recipe.relearned < 1 else math.inf
 
     def offer(name: str, found: Schedule) -> Offer:
         stages = tuple((candidates[stage.size], stage.tokens) for stage in found.stages)
@@ -307,16 +310,16 @@ def _interval(
     return law.spread(schedule.trajectory(law.drawn, sizes, stages, relearned).loss)
 
 
-def _timed(told: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices: Prices, row: Hardware) -> list[Offer]:
+def _timed(recipe: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices: Prices, row: Hardware) -> list[Offer]:
     """Offers of sizes that were all timed here; until one is, it is taken to be as fast as the nearest that was."""
     timed: dict[ModelSpec, Candidate] = {}
     while True:
-        offers = _offers(told, law, candidates, prices)
+        offers = _offers(recipe, law, candidates, prices)
         offered = {candidate.spec: candidate for offer in offers for candidate, _ in offer.stages}
         new = [candidate for spec, candidate in offered.items() if spec not in timed]
         if not new:
             return offers
-        some = _recipe(told, offers[0], prices)
+        some = _recipe(recipe, offers[0], prices)
         step = some.rows * some.data.sequence_length
         here = planner.Machine(row, prices.rates)
         speeds = planner.speeds(some, here, [candidate.spec for candidate in new], offers[0].cost.seconds)
@@ -346,12 +349,12 @@ def _require_steps(best: Offer, planned: PretrainRecipe) -> None:
         )
 
 
-def _require_inside(told: PlanRecipe, law: Law, best: Offer) -> None:
+def _require_inside(recipe: PlanRecipe, law: Law, best: Offer) -> None:
     """Refuse a plan that the law knows nothing of."""
-    law.predict(best.stages[-1][0].parameters, best.cost.tokens, furthest=told.furthest)
+    law.predict(best.stages[-1][0].parameters, best.cost.tokens, furthest=recipe.furthest)
 
 
-def _recipe(told: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
+def _recipe(recipe: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
     """The recipe of an offer: shares of the budget, so that a machine that is faster or slower keeps to it."""
     shares = schedule.shares(best.schedule)
     stages = [
@@ -362,11 +365,15 @@ def _recipe(told: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
         }
         for (candidate, _), share in zip(best.stages, shares, strict=True)
     ]
-    kept = told.model_dump(exclude={"hardware", "devices", "utilization", "law", "furthest", "relearned", "parameters"})
-    batch = _batch_tokens(best.cost.flops, told.data.sequence_length)
+    kept = recipe.model_dump(
+        exclude={"hardware", "devices", "utilization", "law", "furthest", "relearned", "parameters"}
+    )
+    batch = _batch_tokens(best.cost.flops, recipe.data.sequence_length)
     train = kept["train"] | {
         "batch_tokens": batch,
-        "per_device_train_batch_size": min(told.train.per_device_train_batch_size, batch // told.data.sequence_length),
+        "per_device_train_batch_size": min(
+            recipe.train.per_device_train_batch_size, batch // recipe.data.sequence_length
+        ),
     }
     return PretrainRecipe.model_validate(kept | {"stages": stages, "train": train})
 
@@ -378,19 +385,19 @@ def _batch_tokens(training_flops: float, sequence_length: int) -> int:
 
 
 def _reasons(
-    told: PlanRecipe, law: Law, row: Hardware, prices: Prices, offers: Sequence[Offer], planned: PretrainRecipe
+    recipe: PlanRecipe, law: Law, row: Hardware, prices: Prices, offers: Sequence[Offer], planned: PretrainRecipe
 ) -> Iterator[str]:
     """Why the plan is as it is, a sentence a line."""
     best = offers[0]
-    speeds = "measured" if told.hardware == HERE else f"estimated at {told.utilization:.0%} of its peak"
-    machine = f"{row.name} x {told.devices}" if told.devices > 1 else row.name
+    speeds = "measured" if recipe.hardware == HERE else f"estimated at {recipe.utilization:.0%} of its peak"
+    machine = f"{row.name} x {recipe.devices}" if recipe.devices > 1 else row.name
     yield (
-        f"{_budget(told)} on {machine} (speeds {speeds}) buys {units.duration(best.cost.seconds)} of training for "
-        f"{units.money(best.cost.usd)}; {told.budget.reserve:.0%} is kept back for evaluation and export."
+        f"{_budget(recipe)} on {machine} (speeds {speeds}) buys {units.duration(best.cost.seconds)} of training for "
+        f"{units.money(best.cost.usd)}; {recipe.budget.reserve:.0%} is kept back for evaluation and export."
     )
     reach = law.reach(best.stages[-1][0].parameters, best.cost.tokens)
     inside = "inside its range" if reach == 1 else f"{reach:.3g} x outside its range"
-    yield f"By the law {told.law} the run is {inside}; it expects a loss of {best.told()}."
+    yield f"By the law {recipe.law} the run is {inside}; it expects a loss of {best.told()}."
     if len(best.stages) > 1:
         points, after = schedule.growth_points(best.schedule), best.stages[1:]
         steps = ", ".join(
@@ -412,8 +419,8 @@ def _reasons(
     )
 
 
-def _budget(told: PlanRecipe) -> str:
-    budget = told.budget
+def _budget(recipe: PlanRecipe) -> str:
+    budget = recipe.budget
     stated = {"hours": budget.hours, "kWh": budget.kwh, "tokens": budget.tokens}
     words = [units.money(budget.usd)] if budget.usd else []
     words += [f"{amount:g} {unit}" for unit, amount in stated.items() if amount]
@@ -452,7 +459,7 @@ def _report(name: str, offers: Sequence[Offer]) -> Report:
 
 def _view(
     name: str,
-    told: PlanRecipe,
+    recipe: PlanRecipe,
     row: Hardware,
     law: Law,
     prices: Prices,
@@ -464,7 +471,7 @@ def _view(
     interval = f"95% between {best.interval[0]:.3f} and {best.interval[1]:.3f}" if best.interval else "nats a token"
     return View(
         title=name,
-        subtitle=f"{_budget(told)} on {row.name}",
+        subtitle=f"{_budget(recipe)} on {row.name}",
         made_at=time.strftime("%Y-%m-%d %H:%M"),
         kind="plan",
         headline=[
