@@ -1,4 +1,4 @@
-"""How much of its way a stacked model goes again: what `espalier plan` takes for `relearned`.
+"""How much of its way a stacked model goes again: why `espalier plan` takes none for `relearned`.
 
     python bench/2026-11-24-growth-compare/relearned.py
 

@@ -60,7 +60,8 @@ class PlanRecipe(TrainingRecipe):
     utilization  the share of the matmul peak that training reaches there; here it is measured
     law          a law's file, or a published one's name
     furthest     by which factor the range of the law may be left
-    relearned    the share of its way that a model goes again after it has grown in depth; 1 leaves growth out
+    relearned    the share of its way that a model goes again after it has grown in depth: none by our record
+                 (bench/2026-11-24-growth-compare, relearned.py); 1 leaves growth out
     parameters   of the final model, about; the best, if not stated
     """
 
@@ -72,7 +73,7 @@ class PlanRecipe(TrainingRecipe):
     utilization: float = Field(default=0.4, gt=0, le=1)
     law: str = "hoffmann-2022"
     furthest: float = Field(default=FURTHEST, ge=1)
-    relearned: float = Field(default=0.3, ge=0, le=1)
+    relearned: float = Field(default=0.0, ge=0, le=1)
     parameters: float | None = Field(default=None, gt=0)
 
 
