@@ -10,6 +10,7 @@ from espalier import propose, recipe
 from espalier.budget import flops, hardware
 from espalier.budget.scaling import Law
 from espalier.errors import BudgetError, RecipeError
+from espalier.ladder import LadderRecipe
 from espalier.pipeline import PretrainRecipe
 from espalier.propose import PlanRecipe
 from espalier.run import PAGE, Run
@@ -93,6 +94,13 @@ def test_the_shipped_recipe_is_flm_101bs(tmp_path):
     assert len(made.stages) > 1
 
 
+def test_the_shipped_ladder_trains_what_a_law_wants():
+    path = Path(propose.__file__).parent / "recipes" / "budget" / "ladder.yaml"
+    trials = recipe.load(LadderRecipe, path, []).trials()
+    assert len(trials) == 12
+    assert len({flops.parameters(trial.recipe.specs()[-1]) for trial in trials}) == 4
+
+
 def test_prices_follow_the_hardware_row(tmp_path):
     made, offers, _ = planned(tmp_path / "plan", budget={"hours": 10}, devices=8, utilization=0.5)
     row = hardware.named("h100-80g", home=tmp_path / "home")
@@ -148,7 +156,7 @@ def test_what_can_not_be_planned_is_refused(tmp_path):
         planned(tmp_path / "none", budget={})
     with pytest.raises(RecipeError, match="h100"):
         planned(tmp_path / "gpu", hardware="h100x")
-    with pytest.raises(RecipeError, match="range"):
+    with pytest.raises(RecipeError, match=r"range.*budget ladder"):
         planned(tmp_path / "far", budget={"usd": 1e-4}, furthest=10)
     with pytest.raises(BudgetError):
         planned(tmp_path / "step", budget={"tokens": 1e-3})

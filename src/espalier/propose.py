@@ -352,7 +352,15 @@ def _require_steps(best: Offer, planned: PretrainRecipe) -> None:
 
 def _require_inside(recipe: PlanRecipe, law: Law, best: Offer) -> None:
     """Refuse a plan that the law knows nothing of."""
-    law.predict(best.stages[-1][0].parameters, best.cost.tokens, furthest=recipe.furthest)
+    reach = law.reach(best.stages[-1][0].parameters, best.cost.tokens)
+    if reach > recipe.furthest:
+        raise RecipeError(
+            f"law {recipe.law}",
+            found=f"a plan of {best.path()} on {units.count(best.cost.tokens)} tokens, {reach:.3g}x outside its range",
+            expected=f"at most {recipe.furthest:g}x outside",
+            mend="Train small models on your text and give their law, with `espalier budget ladder --recipe "
+            f"recipes/budget/ladder.yaml` and law=runs/NAME/law.json, or set furthest={math.ceil(reach)}.",
+        )
 
 
 def _recipe(recipe: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
