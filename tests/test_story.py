@@ -27,7 +27,7 @@ def told(finished) -> Story:
 
 def test_stages_add_up_to_what_training_took(told):
     stages = told.stages()
-    assert [stage.shape for stage in stages] == ["1 layers × 32", "2 layers × 48"]
+    assert [stage.shape for stage in stages] == ["1 layer × 32", "2 layers × 48"]
     assert sum(stage.tokens for stage in stages) == told.trained.tokens == 2560
     assert sum(stage.flops for stage in stages) == pytest.approx(told.trained.flops)
     assert sum(stage.seconds for stage in stages) == pytest.approx(told.trained.seconds)

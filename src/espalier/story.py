@@ -235,7 +235,8 @@ def tell_plan(plan: Plan, cap: Cap) -> None:
 
 def shape(spec: ModelSpec) -> str:
     """A shape in a few words."""
-    return f"{spec.num_hidden_layers} layers × {spec.hidden_size}"
+    layers = spec.num_hidden_layers
+    return f"{layers} layer{'' if layers == 1 else 's'} × {spec.hidden_size}"
 
 
 def grown(before: StagePlan, after: StagePlan) -> str:
