@@ -96,6 +96,10 @@ def test_a_layout_tells_what_a_rank_holds_and_sends_and_how_long_an_update_takes
     assert total == sum(row.value for row in report.rows if row.task == "an update" and row.note == "seconds") / 2
     assert report.value("an update", "tokens/s") == pytest.approx(16 * 128 / total)
     assert "expert all-to-all" in printed and "tokens/s" in printed
+    parts = [line.split()[0] for line in printed.split("\nbytes ")[1].splitlines()[1:]]
+    alone = [row.metric for row in report.rows if row.task == "adamw"]
+    ranks = [row.metric for row in report.rows if row.task == "a rank of 8"]
+    assert set(parts) == {*alone, *ranks} and parts[-1] == "total"
 
 
 def test_rows_go_through_a_rank_at_once_where_no_micro_batch_is_stated():
