@@ -20,7 +20,7 @@ FLOORS = (
     {"serve", "agents"},
     {"planner", "story"},
     {"pipeline"},
-    {"trials"},
+    {"trials", "offers"},
     {"compare", "ladder", "propose"},
     {"cli"},
     {"__main__"},

@@ -11,8 +11,8 @@ from espalier.budget import flops, hardware
 from espalier.budget.scaling import Law
 from espalier.errors import BudgetError, RecipeError
 from espalier.ladder import LadderRecipe
+from espalier.offers import ALONE, PlanRecipe, depth_of
 from espalier.pipeline import PretrainRecipe
-from espalier.propose import PlanRecipe
 from espalier.run import PAGE, Run
 from espalier.train.probe import Speed
 
@@ -73,9 +73,7 @@ def test_a_size_beyond_the_best_one_is_grown_into(tmp_path):
     assert len(specs) > 1
     assert {spec.hidden_size for spec in specs} == {specs[-1].hidden_size}
     losses = rows(offers, "expected loss")
-    grown, alone = (
-        next(loss for name, loss in losses.items() if name.startswith(n)) for n in ("planned", propose.ALONE)
-    )
+    grown, alone = (next(loss for name, loss in losses.items() if name.startswith(n)) for n in ("planned", ALONE))
     assert grown < alone - 0.05
     assert "grows at" in said
     without, _, said = planned(tmp_path / "alone", **(flm | {"relearned": 1}))
@@ -190,5 +188,5 @@ def test_on_this_machine_the_sizes_in_question_are_timed(tmp_path, monkeypatch):
 
 
 def test_depths_are_those_of_published_models():
-    assert [propose._depth(width) for width in (4096, 8192, 10_240, 12_288)] == [32, 64, 80, 96]
-    assert all(4 <= propose._depth(width) <= 40 for width in (128, 256, 512, 1024, 2048))
+    assert [depth_of(width) for width in (4096, 8192, 10_240, 12_288)] == [32, 64, 80, 96]
+    assert all(4 <= depth_of(width) <= 40 for width in (128, 256, 512, 1024, 2048))

@@ -1,0 +1,272 @@
+"""Offers: what `espalier plan` is asked, what a sum would buy, and how that is told: by lines, a table and a page."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from espalier import units
+from espalier.budget import flops, schedule
+from espalier.budget.hardware import Hardware
+from espalier.budget.plan import BudgetRecipe
+from espalier.budget.scaling import FURTHEST, Law
+from espalier.budget.schedule import Schedule, Size
+from espalier.data.prepare import DataRecipe
+from espalier.grow.progressive import TrainingRecipe
+from espalier.ledger import Cap, Cost, Rates
+from espalier.page import Alternative, Figure, StageRow, View
+from espalier.report import Report
+from espalier.spec import ModelSpec
+from espalier.story import shape
+
+ALONE = "that size from scratch"
+HERE = "here"
+# Published decoders have 32 to 128 channels a layer, the small ones fewer.
+LEAST_ASPECT, MOST_ASPECT = 32, 128
+
+
+class PlanRecipe(TrainingRecipe):
+    """What is known beforehand. Training settings are handed on to the run; its stages and batch are what is planned.
+
+    budget       usd, hours, kwh, flops or tokens; of several the first one reached binds
+    hardware     "here", or a key of the catalogue, `devices` of it
+    utilization  the share of the matmul peak that training reaches there; here it is measured
+    law          a law's file, or a published one's name
+    furthest     by which factor the range of the law may be left
+    relearned    the share of its way that a model goes again after it has grown in depth: none by our record
+                 (bench/2026-11-24-growth-compare, relearned.py); 1 leaves growth out
+    parameters   of the final model, about; the best, if not stated
+    """
+
+    name: str = Field(default="planned", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    budget: BudgetRecipe = BudgetRecipe()
+    data: DataRecipe = DataRecipe()
+    hardware: str = HERE
+    devices: int = Field(default=1, gt=0)
+    utilization: float = Field(default=0.4, gt=0, le=1)
+    law: str = "hoffmann-2022"
+    furthest: float = Field(default=FURTHEST, ge=1)
+    relearned: float = Field(default=0.0, ge=0, le=1)
+    parameters: float | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A size that the model may have: its FLOPs and seconds a token, and the seconds of getting ready to train it."""
+
+    spec: ModelSpec
+    flops: float
+    seconds: float
+    ready: float = 0.0
+
+    @property
+    def parameters(self) -> int:
+        return flops.parameters(self.spec)
+
+    @property
+    def full(self) -> bool:
+        """Whether it is as deep as its width wants it, and so may be the final model."""
+        return self.spec.num_hidden_layers == depth_of(self.spec.hidden_size)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What training costs, and how much of it may be spent: the cap less the reserve."""
+
+    rates: Rates
+    cap: Cap
+    reserve: float
+
+    @property
+    def usable(self) -> float:
+        """The share of the cap that training may take."""
+        return 1 - self.reserve
+
+    def of(self, candidate: Candidate, tokens: float) -> Cost:
+        return self.rates.cost(tokens * candidate.seconds, tokens=tokens, flops=tokens * candidate.flops)
+
+    def size(self, candidate: Candidate) -> Size:
+        """A candidate in shares of the cap."""
+        ready = self.cap.share_spent(self.rates.cost(candidate.ready))
+        return Size(candidate.parameters, self.cap.share_spent(self.of(candidate, 1.0)), ready)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A way to spend the budget: the stages' sizes and tokens, their cost, and the loss that the law expects."""
+
+    name: str
+    schedule: Schedule
+    stages: tuple[tuple[Candidate, float], ...]
+    cost: Cost
+    interval: tuple[float, float] | None
+
+    @property
+    def loss(self) -> float:
+        return self.schedule.loss
+
+    @property
+    def final(self) -> ModelSpec:
+        return self.stages[-1][0].spec
+
+    def path(self) -> str:
+        """The shapes in order, in a few words: a plan grows in depth alone."""
+        layers = " → ".join(str(candidate.spec.num_hidden_layers) for candidate, _ in self.stages)
+        return f"{layers} layers × {self.final.hidden_size}"
+
+    def told(self) -> str:
+        """The expected loss in words."""
+        between = f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})" if self.interval else ""
+        return f"{self.loss:.3f}{between}"
+
+
+def depth_of(hidden: int) -> int:
+    """Layers of a final model of this width."""
+    return max(round(hidden / min(max(hidden / LEAST_ASPECT, LEAST_ASPECT), MOST_ASPECT)), 2)
+
+
+def reasons(recipe: PlanRecipe, law: Law, row: Hardware, offers: Sequence[Offer], batch_tokens: int) -> Iterator[str]:
+    """Why the plan is as it is, a sentence a line."""
+    best = offers[0]
+    speeds = "measured" if recipe.hardware == HERE else f"estimated at {recipe.utilization:.0%} of its peak"
+    machine = f"{row.name} x {recipe.devices}" if recipe.devices > 1 else row.name
+    yield (
+        f"{_budget(recipe)} on {machine} (speeds {speeds}) buys {units.duration(best.cost.seconds)} of training for "
+        f"{units.money(best.cost.usd)}; {recipe.budget.reserve:.0%} is kept back for evaluation and export."
+    )
+    reach = law.reach(best.stages[-1][0].parameters, best.cost.tokens)
+    inside = "inside its range" if reach == 1 else f"{reach:.3g} x outside its range"
+    yield f"By the law {recipe.law} the run is {inside}; it expects a loss of {best.told()}."
+    if len(best.stages) > 1:
+        points, after = schedule.growth_points(best.schedule), best.stages[1:]
+        steps = ", ".join(
+            f"at {units.count(tokens)} tokens to {candidate.spec.num_hidden_layers} layers"
+            for tokens, (candidate, _) in zip(points, after, strict=True)
+        )
+        yield f"It begins with {shape(best.stages[0][0].spec)} and grows {steps}."
+        if offers[1].name == ALONE:
+            behind = offers[1].loss - best.loss
+            yield f"That size from scratch on the same budget comes to {offers[1].told()}, {behind:.3f} behind."
+    else:
+        yield f"It trains {shape(best.stages[0][0].spec)} from scratch: growing into it would gain less than it costs."
+    others = [offer for offer in offers if offer.name == "from scratch"]
+    if others:
+        yield f"The next best size from scratch, {shape(others[0].final)}, comes to {others[0].told()}."
+    yield (
+        f"Updates of {units.count(batch_tokens)} tokens suit {units.si(best.cost.flops, 'FLOP')} (arXiv 2401.02954)."
+    )
+
+
+def _budget(recipe: PlanRecipe) -> str:
+    budget = recipe.budget
+    stated = {"hours": budget.hours, "kWh": budget.kwh, "tokens": budget.tokens}
+    words = [units.money(budget.usd)] if budget.usd else []
+    words += [f"{amount:g} {unit}" for unit, amount in stated.items() if amount]
+    return " and ".join(words + ([units.si(budget.flops, "FLOP")] if budget.flops else []))
+
+
+def tell(offers: Sequence[Offer]) -> None:
+    """The offers on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "shape", "parameters", "tokens", "FLOPs", "time", "money", "loss", box=None, pad_edge=False)
+    for offer in offers:
+        table.add_row(
+            offer.name,
+            offer.path(),
+            units.count(offer.stages[-1][0].parameters),
+            units.count(offer.cost.tokens),
+            units.si(offer.cost.flops, "FLOP"),
+            units.duration(offer.cost.seconds),
+            units.money(offer.cost.usd),
+            offer.told(),
+        )
+    Console().print(table)
+
+
+def report(name: str, offers: Sequence[Offer]) -> Report:
+    """What each offer costs and comes to, to be computed with."""
+    report = Report(name)
+    for offer in offers:
+        at = f"{offer.name}, {shape(offer.final)}"
+        report.add(at, "expected loss", offer.loss, note="nats a token, by the law")
+        for resource in ("tokens", "flops", "seconds", "usd", "kwh", "kgco2e"):
+            report.add(at, resource, getattr(offer.cost, resource), note="estimated")
+    return report
+
+
+def view(
+    name: str,
+    recipe: PlanRecipe,
+    row: Hardware,
+    law: Law,
+    prices: Prices,
+    offers: Sequence[Offer],
+    reasons: list[str],
+    text: str,
+) -> View:
+    """The page of a plan."""
+    best = offers[0]
+    interval = f"95% between {best.interval[0]:.3f} and {best.interval[1]:.3f}" if best.interval else "nats a token"
+    return View(
+        title=name,
+        subtitle=f"{_budget(recipe)} on {row.name}",
+        made_at=time.strftime("%Y-%m-%d %H:%M"),
+        kind="plan",
+        headline=[
+            Figure("Expected loss", f"{best.loss:.3f}", interval),
+            Figure("Final model", units.count(best.stages[-1][0].parameters), shape(best.final)),
+            Figure("Training", units.duration(best.cost.seconds), units.money(best.cost.usd)),
+            Figure("Tokens", units.count(best.cost.tokens), units.si(best.cost.flops, "FLOP")),
+        ],
+        alternatives=[
+            _alternative(f"planned: {best.path()}", best.cost, f"on this budget, to {best.told()}"),
+            *_to_the_same_loss(law, prices, offers),
+        ],
+        stages=[
+            StageRow(
+                f"Stage {number}",
+                shape(candidate.spec),
+                candidate.parameters,
+                tokens,
+                tokens * candidate.flops,
+                tokens * candidate.seconds,
+                stage.loss,
+            )
+            for number, ((candidate, tokens), stage) in enumerate(
+                zip(best.stages, best.schedule.stages, strict=True), start=1
+            )
+        ],
+        recipe=text,
+        machine={key: f"{value} ({row.sources.get(key, 'stated')})" for key, value in _figures(row).items()},
+        notes=reasons,
+    )
+
+
+def _to_the_same_loss(law: Law, prices: Prices, offers: Sequence[Offer]) -> Iterator[Alternative]:
+    """What the plan's loss would cost with each size from scratch, where it can get there."""
+    best, *others = offers
+    for offer in others:
+        candidate = offer.stages[-1][0]
+        tokens = float(law.terms.tokens_for(best.loss, candidate.parameters))
+        if tokens < math.inf:
+            note = f"to the plan's loss; on this budget it comes to {offer.told()}"
+            yield _alternative(f"{offer.name}: {offer.path()}", prices.of(candidate, tokens), note)
+
+
+def _alternative(name: str, cost: Cost, note: str) -> Alternative:
+    return Alternative(name, cost.tokens, cost.flops, cost.seconds, cost.usd, cost.kwh, note)
+
+
+def _figures(row: Hardware) -> dict[str, str]:
+    return {
+        "peak_flops": units.si(row.peak_flops["bfloat16"], "FLOP/s"),
+        "watts": f"{row.watts:g} W",
+        "usd_per_hour": units.money(row.usd_per_hour),
+        "kgco2e_per_kwh": f"{row.kgco2e_per_kwh:g} kg/kWh",
+    }
