@@ -163,6 +163,8 @@ def test_what_can_not_be_planned_is_refused(tmp_path):
     for far in (1, 1e16):
         with pytest.raises(RecipeError, match="parameters"):
             planned(tmp_path / f"{far:g}", parameters=far)
+    with pytest.raises(ValueError, match="devices=2"):
+        told(hardware="here", devices=2)
     with pytest.raises(RecipeError, match="law"):
         planned(tmp_path / "law", law="nothing")
 

@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from espalier import units
 from espalier.budget import flops, schedule
@@ -52,6 +53,12 @@ class PlanRecipe(TrainingRecipe):
     furthest: float = Field(default=FURTHEST, ge=1)
     relearned: float = Field(default=0.0, ge=0, le=1)
     parameters: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_machine_here(self) -> Self:
+        if self.hardware == HERE and self.devices > 1:
+            raise ValueError(f"devices={self.devices} of the machine at hand; name a row of the catalogue as hardware")
+        return self
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _first_loss(law: Law, sizes: Sequence[Size], budget: float) -> float:
 
 
 def _lowest_loss(law: Law, sizes: Sequence[Size], budget: float) -> float:
-    """A loss that no path can get below: every size with the whole budget, and all that was learned before it."""
+    """Where the sweep ends: the lowest loss that any size comes to on 20 times the budget, far below any path's."""
     return min(law.loss(size.parameters, 20 * budget / size.cost_per_token) for size in sizes)
 
 
@@ -202,10 +202,3 @@ def growth_points(schedule: Schedule) -> list[float]:
     """Tokens at which the model grows."""
     done = np.cumsum([stage.tokens for stage in schedule.stages])
     return [float(tokens) for tokens in done[:-1]]
-
-
-def saving(law: Law, sizes: Sequence[Size], schedule: Schedule) -> float:
-    """Cost of the same loss at the final size from scratch, over the schedule's; infinite if that can't get there."""
-    last = sizes[schedule.stages[-1].size]
-    alone = last.ready + last.cost_per_token * law.tokens_for(schedule.loss, last.parameters)
-    return alone / sum(stage.cost for stage in schedule.stages)
