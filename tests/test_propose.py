@@ -11,9 +11,10 @@ from espalier.budget import flops, hardware
 from espalier.budget.scaling import Law
 from espalier.errors import BudgetError, RecipeError
 from espalier.ladder import LadderRecipe
-from espalier.offers import ALONE, PlanRecipe, depth_of
+from espalier.offers import ALONE, Candidate, PlanRecipe, depth_of
 from espalier.pipeline import PretrainRecipe
 from espalier.run import PAGE, Run
+from espalier.spec import ModelSpec
 from espalier.train.probe import Speed
 
 FAR = 1e9  # leave any range
@@ -133,6 +134,8 @@ def test_reasons_stand_above_the_recipe_and_on_the_page(tmp_path):
     assert yaml.safe_load(text)["name"] == "planned"
     page = (folder / PAGE).read_text()
     assert "Expected loss" in page and "from scratch" in page
+    assert "Espalier plan" in page
+    assert page.count("to the plan&#39;s loss; on this budget it comes to") >= 2, "sizes from scratch that get there"
 
 
 def test_an_interval_follows_from_the_laws_draws(tmp_path):
@@ -187,6 +190,18 @@ def test_on_this_machine_the_sizes_in_question_are_timed(tmp_path, monkeypatch):
     spent = rows(offers, "seconds")[best]
     assert spent <= 0.9 * 3600
     assert len(timed) <= 12
+
+
+def test_a_size_that_was_not_timed_is_as_fast_as_the_nearest_that_was():
+    def candidate(layers, seconds):
+        spec = ModelSpec(vocab_size=512, hidden_size=64, head_dim=32, num_hidden_layers=layers)
+        return Candidate(spec, float(flops.training_flops(spec, 64)), seconds, ready=layers)
+
+    one, other = candidate(2, 1e-5), candidate(16, 1e-3)
+    for layers, nearest in ((1, one), (4, one), (12, other), (32, other)):
+        found = propose._as_fast(candidate(layers, 1.0), [one, other])
+        assert found.flops / found.seconds == pytest.approx(nearest.flops / nearest.seconds)
+        assert found.ready == nearest.ready
 
 
 def test_depths_are_those_of_published_models():

@@ -50,15 +50,23 @@ def test_what_is_kept_in_full_saves_and_what_begins_anew_does_not_grow():
 
 
 @pytest.mark.parametrize("relearned", [0.0, 0.1])
-def test_no_schedule_on_a_grid_is_clearly_better(relearned):
-    found = cheapest(LAW, SIZES, BUDGET, keep(relearned)).loss
-    parts = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8)
-    tried = [
-        schedule.spend(LAW, SIZES, [(i, part * BUDGET / SIZES[i].cost_per_token), (k, 0)], BUDGET, keep(relearned)).loss
+@pytest.mark.parametrize(
+    "after", [(0, 0, 0, 0), (0.03, 0.09, 0.3, 0.9), (math.inf, math.inf, math.inf, 0), (math.inf, 1, 1, 0.8)]
+)
+def test_no_schedule_on_a_grid_is_clearly_better(relearned, after):
+    """Also where what follows takes a part of the budget, and where only the largest may be the last."""
+    sizes = [
+        Size(one.parameters, one.cost_per_token, after=part * BUDGET) for one, part in zip(SIZES, after, strict=True)
+    ]
+    found = cheapest(LAW, sizes, BUDGET, keep(relearned)).loss
+    parts = (0.01, 0.03, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
+    paths = [
+        [(i, part * BUDGET / SIZES[i].cost_per_token), (k, 0)]
         for i, k in itertools.combinations(range(len(SIZES)), 2)
         for part in parts
     ]
-    assert found <= min(tried) + 1e-4
+    tried = [schedule.spend(LAW, sizes, path, BUDGET, keep(relearned)) for path in paths]
+    assert found <= min(one.loss for one in tried if one) + 1e-5
 
 
 def test_a_fixed_cost_of_a_stage_makes_stages_fewer():
@@ -93,6 +101,9 @@ def test_growth_takes_the_size_that_gains_most_for_its_cost():
     for before, after in itertools.pairwise(found.stages):
         one, other = (gain(SIZES[stage.size], before.loss) for stage in (before, after))
         assert one == pytest.approx(other, rel=0.05)
+    last = found.stages[-1]
+    larger = [gain(size, last.loss) for size in SIZES[last.size + 1 :]]
+    assert all(other <= 1.05 * gain(SIZES[last.size], last.loss) for other in larger)
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,6 +117,14 @@ def test_a_trajectory_learns_on_from_what_it_keeps(tokens, share):
     assert found.tokens == pytest.approx(sum(tokens))
     assert schedule.growth_points(found) == pytest.approx(list(itertools.accumulate(tokens))[:-1])
     assert sum(schedule.shares(found)) == pytest.approx(1)
+
+
+@given(st.floats(1e9, 1e11), st.floats(1e8, 1e11), st.floats(0, 1))
+def test_a_grown_model_stands_where_its_loss_is_less_what_it_learns_again(first, then, share):
+    small, large = SIZES[0].parameters, SIZES[2].parameters
+    found = trajectory(LAW, SIZES, [(0, first), (2, then)], keep(share))
+    standing = float(LAW.tokens_for(LAW.loss(small, first), large))
+    assert found.loss == pytest.approx(LAW.loss(large, (1 - share) * standing + then))
 
 
 def test_a_budget_that_pays_for_nothing_gives_none():

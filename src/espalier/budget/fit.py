@@ -322,6 +322,7 @@ def view(law: Law, run: Run, recipe: Recipe) -> View:
         title=run.name,
         subtitle=f"loss law of form {law.form}, by {law.about.source}",
         made_at=time.strftime("%Y-%m-%d %H:%M"),
+        kind="loss law",
         headline=headline,
         law=lines(law),
         recipe=dump(recipe),
