@@ -205,6 +205,49 @@ def test_a_budget_that_ends_first_leaves_a_usable_model(espalier, recipe_file, f
     assert "nothing to do" in espalier(*command).out
 
 
+SHARES = ("stages.0.duration=40%", "stages.1.duration=60%", "train.logging_steps=20", "train.save_steps=100000")
+
+
+def replanned(run: Path) -> list[dict]:
+    return [line for line in read_lines(run / METRICS) if "planned_anew" in line]
+
+
+def test_an_hour_that_passed_unused_is_planned_for(espalier, recipe_file, tmp_path, logged_steps):
+    """The process is stopped for a while, as when a laptop is closed."""
+    run, seconds = tmp_path / "runs" / "tiny", 24.0
+    command = espalier.start("run", recipe_file, *SHARES, f"budget.hours={seconds / 3600}")
+    command.until(lambda: logged_steps(run) >= 20)
+    command.send(signal.SIGSTOP)
+    time.sleep(5)
+    command.send(signal.SIGCONT)
+    done = command.wait()
+    least = min(line["planned_anew"] for line in replanned(run))
+    assert "Planned anew" in done.out and f"{least:.2f} x" in done.out
+    kept = read_json(run / PLAN, None)
+    assert kept["plan"]["total"]["tokens"] != kept["first"]["total"]["tokens"]
+    assert Ledger(run / LEDGER).total.seconds < seconds
+    assert ModelFolder.open(run / FINAL).spec.hidden_size == 48, "it has grown"
+    assert "what was left of the plan became" in (run / PAGE).read_text()
+
+
+def test_a_stopped_run_goes_on_with_another_budget(espalier, recipe_file, tmp_path, logged_steps):
+    run = tmp_path / "runs" / "tiny"
+    told = ("run", recipe_file, *SHARES)
+    command = espalier.start(*told, "budget.hours=0.02")
+    command.until(lambda: logged_steps(run) >= 60)
+    command.send(signal.SIGTERM)
+    assert command.wait().code == 143
+    less = (Ledger(run / LEDGER).total.seconds + 16) / 3600
+    done = espalier(*told, f"budget.hours={less}")
+    assert "Changed since it was begun: budget.hours: 0.02 there" in done.out
+    assert min(line["planned_anew"] for line in replanned(run)) < 0.9
+    assert Ledger(run / LEDGER).total.seconds < less * 3600
+    assert ModelFolder.open(run / FINAL).spec.hidden_size == 48
+    assert yaml.safe_load((run / RECIPE).read_text())["budget"]["hours"] == less
+    again = espalier(*told, "budget.hours=0.01")
+    assert again.code == 5 and "budget.hours" in again.err, "a finished run isn't another one's"
+
+
 def test_two_processes_do_not_share_a_run(espalier, recipe_file, tmp_path):
     run = tmp_path / "runs" / "tiny"
     first = espalier.start("run", recipe_file)

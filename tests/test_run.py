@@ -122,6 +122,24 @@ def test_the_same_recipe_is_taken_up_and_another_is_refused_by_its_keys(start, f
     start().close()
 
 
+def test_the_part_that_may_change_is_taken_over_until_the_run_is_finished(start, folder, told):
+    start().close()
+    other = Job(stages=(Stage(), Stage(size=3)))
+    run = start(other, may_change="stages", tell=told.append)
+    assert recipe.load(Job, folder / RECIPE) == other
+    assert told[-1] == "Changed since it was begun: stages.1.size: 2 there, 3 now."
+    run.finish("stopped")
+    run.close()
+    with pytest.raises(RunError, match="rate"):
+        start(Job(rate=2.0), may_change="stages")
+    run = start(Job(), may_change="stages")
+    run.finish("finished")
+    run.close()
+    with pytest.raises(RunError, match=r"stages\.1\.size"):
+        start(other, may_change="stages")
+    assert recipe.load(Job, folder / RECIPE) == Job()
+
+
 def test_a_stored_recipe_that_was_broken_by_hand_is_refused_by_its_line(start, folder):
     start().close()
     (folder / RECIPE).write_text("name: x\nrate: [")

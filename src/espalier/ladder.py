@@ -6,6 +6,7 @@ A run that is finished is only read, so a ladder that was stopped goes on where 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,12 +59,14 @@ class LadderRecipe(Recipe):
     run     what all runs are told, as in `espalier run`; the sizes and duration of its one stage are replaced
     sizes   as in a stage
     tokens  lengths: '3M tokens', or '20x' for as many a parameter
+    flops   the most that one run may take: large sizes are trained on the short lengths only
     form    of the law; size takes one length for all
     """
 
     run: PlannedRecipe
     sizes: Annotated[tuple[ShapeRecipe, ...], Field(min_length=3)]
     tokens: Annotated[tuple[Length, ...], Field(min_length=1)]
+    flops: float = Field(default=math.inf, gt=0)
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 2)
     form: Form = "size_and_data"
     workers: int = Field(default=1, ge=1, description="runs side by side, each in a process of its own")
@@ -75,16 +78,11 @@ class LadderRecipe(Recipe):
         return self
 
     def trials(self) -> list[Trial]:
-        """The cheapest first."""
-        return sorted(
-            (
-                _trial(self.run, size, length, seed)
-                for size in self.sizes
-                for length in self.tokens
-                for seed in self.seeds
-            ),
-            key=_flops,
+        """Those that are worth no more than `flops`, the cheapest first."""
+        trials = (
+            _trial(self.run, size, length, seed) for size in self.sizes for length in self.tokens for seed in self.seeds
         )
+        return sorted((trial for trial in trials if _flops(trial) <= self.flops), key=_flops)
 
 
 def _trial(told: PlannedRecipe, size: ShapeRecipe, length: str, seed: int) -> Trial:

@@ -72,6 +72,10 @@ class Cap:
     kwh: float = math.inf
     kgco2e: float = math.inf
 
+    def stated(self) -> dict[str, float]:
+        """The limits that there are."""
+        return {name: limit for name, limit in asdict(self).items() if limit < math.inf}
+
     def exceeded_by(self, cost: Cost) -> str | None:
         """The first resource of which `cost` is more than the cap, or None."""
         return next((name for name in RESOURCES if getattr(cost, name) > getattr(self, name)), None)

@@ -37,11 +37,20 @@ class SampleRecipe(recipe.Recipe):
     max_new_tokens: int = Field(default=64, gt=0)
 
 
+class ExpectedRecipe(recipe.Recipe):
+    """The loss that a law expected, to be compared with what the run comes to; in 95% of cases between low and high."""
+
+    loss: float = Field(gt=0)
+    low: float | None = None
+    high: float | None = None
+
+
 class PretrainRecipe(PlannedRecipe):
     """The main job: what `espalier run` takes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     samples: SampleRecipe = SampleRecipe()
+    expected: ExpectedRecipe | None = Field(default=None, description="written by `espalier plan`")
 
 
 def main(path: Path, overrides: list[str], *, runs: Path, dry_run: bool, tell: Callable[[str], None]) -> int:
@@ -52,7 +61,9 @@ def main(path: Path, overrides: list[str], *, runs: Path, dry_run: bool, tell: C
         tell(planner.priced(resolved))
         return 0
     began = psutil.Process().create_time()
-    with Run.start(runs / resolved.name, resolved, cap=resolved.budget.cap(), tell=tell, since=began) as run:
+    with Run.start(
+        runs / resolved.name, resolved, cap=resolved.budget.cap(), tell=tell, since=began, may_change="budget"
+    ) as run:
         if run.state["status"] == "finished":
             tell(f"{run.folder} is finished; nothing to do. Change the name to run it again.")
             return 0
@@ -97,7 +108,7 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
     from espalier.train.objectives import NextToken, chunk_loss
     from espalier.train.validate import HeldOut, validate
 
-    plan, device, data = settled.plan, settled.device, resolved.data
+    device, data = settled.device, resolved.data
     train_stream, held_out_stream = (
         Stream(
             tokens,
@@ -109,7 +120,8 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
         for tokens in (text.train, text.validation)
     )
     lengths = tokenizer.byte_lengths(tokenizer.load(text.tokenizer))
-    rows = min(_eval_tokens(resolved, plan) // data.sequence_length, held_out_stream.rows)
+    # By the first plan: the held-out text stays the same, whatever becomes of the plan.
+    rows = min(_eval_tokens(resolved, settled.first) // data.sequence_length, held_out_stream.rows)
     if rows > resolved.micro_rows:  # whole passes only: another shape would be compiled for
         rows -= rows % resolved.micro_rows
     objective = NextToken(device.compiled(chunk_loss))
@@ -119,8 +131,7 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
             state.model, held_out_stream, lengths, objective, device, rows=rows, micro_rows=resolved.micro_rows
         )
 
-    # Kept back: the evaluations of a growth that may be under way, the last one, and the export.
-    last = plan.stages[-1]
+    last = settled.plan.stages[-1]
     evaluation = last.cost * (rows * data.sequence_length / last.cost.tokens / 3)
     setting = Setting(
         run=run,
@@ -129,11 +140,15 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
         objective=objective,
         tokenizer=text.tokenizer,
         device=device,
-        reserve=replace(evaluation * 3 + settled.machine.rates.cost(planner.EXPORT_SECONDS), tokens=0.0),
+        evaluation=replace(evaluation, tokens=0.0),
+        end=settled.machine.rates.cost(planner.EXPORT_SECONDS),
+        share=resolved.budget.reserve,
         peak_flops=settled.machine.hardware.peak_flops[device.compute],
         terminal=sys.stdout.isatty(),
+        keep=lambda plan: replace(settled, plan=plan).keep(run),
+        changed=settled.changed,
     )
-    return grow_run(resolved, plan, setting)
+    return grow_run(resolved, settled.plan, setting)
 
 
 def _eval_tokens(resolved: PretrainRecipe, plan: Plan) -> int:

@@ -20,7 +20,7 @@ from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
 from espalier.data.prepare import DataRecipe
 from espalier.errors import BudgetError
 from espalier.grow.progressive import GrowthRecipe
-from espalier.ledger import Cost, Rates
+from espalier.ledger import Cap, Cost, Rates
 from espalier.run import PLAN, Run, read_json
 from espalier.spec import ModelSpec
 
@@ -76,16 +76,26 @@ class Machine:
 
 @dataclass(frozen=True)
 class Settled:
-    """What is going to be done, and with what: a plan, the way to compute, the machine and its prices."""
+    """What is going to be done, and with what: a plan, the way to compute, the machine and its prices.
+
+    first    the plan that the run began with
+    cap      what the plan is for
+    changed  whether the budget or its prices have been changed since the plan was kept
+    """
 
     plan: Plan
     device: Device
     machine: Machine
+    first: Plan
+    cap: Cap
+    changed: bool = False
 
     def keep(self, run: Run) -> None:
         """Write plan.json: from here on the run does the same, wherever it is taken up again."""
         values = {
             "plan": self.plan.to_json(),
+            "first": self.first.to_json(),
+            "cap": self.cap.stated(),
             "device": asdict(self.device),
             "hardware": asdict(self.machine.hardware),
             "rates": asdict(self.machine.rates),
@@ -116,7 +126,15 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
 
     kept = read_json(run.folder / PLAN, None)
     if kept:
-        return Settled(Plan.from_json(kept["plan"]), Device(**kept["device"]), here)
+        made_for = Cap(**kept["cap"]), Rates(**{**kept["rates"], "measured": tuple(kept["rates"]["measured"])})
+        return Settled(
+            Plan.from_json(kept["plan"]),
+            Device(**kept["device"]),
+            here,
+            Plan.from_json(kept["first"]),
+            run.ledger.cap,
+            changed=made_for != (run.ledger.cap, here.rates),
+        )
     require_memory(recipe, here.hardware)
     spent = run.ledger.total + here.rates.cost(EXPORT_SECONDS)
     device = _choose_compute(recipe, here)
@@ -128,7 +146,7 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
         if recipe.train.torch_compile == "on" or _seconds(made, recipe, faster) < _seconds(made, recipe, speeds):
             device, speeds = compiled, faster
             made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
-    return Settled(made, device, here)
+    return Settled(made, device, here, made, run.ledger.cap)
 
 
 def speeds(recipe: PlannedRecipe, here: Machine, specs: Sequence[ModelSpec], seconds: float) -> list[Speed]:

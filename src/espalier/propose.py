@@ -274,7 +274,9 @@ def _recipe(recipe: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
             recipe.train.per_device_train_batch_size, batch // recipe.data.sequence_length
         ),
     }
-    return PretrainRecipe.model_validate(kept | {"stages": stages, "train": train})
+    low, high = best.interval or (None, None)
+    expected = {"loss": best.loss, "low": low, "high": high}
+    return PretrainRecipe.model_validate(kept | {"stages": stages, "train": train, "expected": expected})
 
 
 def _batch_tokens(training_flops: float, sequence_length: int) -> int:

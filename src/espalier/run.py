@@ -84,10 +84,12 @@ class Run:
         cap: Cap | None = None,
         tell: Callable[[str], None] = print,
         since: float | None = None,
+        may_change: str = "",
     ) -> Run:
         """Make the folder, or take up the same recipe's unfinished run; another run's folder is refused.
 
         `since` (seconds of the epoch) is when the time that the run is charged for began; now, if not stated.
+        `may_change` is the part of the recipe in which an unfinished run may be told something new.
         """
         with files.disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ class Run:
         run._hold()
         try:
             if (folder / RECIPE).exists():
-                run._same_recipe()
+                run._same_recipe(may_change)
             for name in files.remove_partials(folder):
                 tell(f"Removed {name}: it was never finished.")
             if not (folder / RECIPE).exists():
@@ -242,16 +244,21 @@ class Run:
                 mend="Wait for it, stop it, or choose another name=...",
             ) from None
 
-    def _same_recipe(self) -> None:
+    def _same_recipe(self, may_change: str) -> None:
+        """Refuse another recipe; take over what is new in the part that may change."""
         differing = recipe.changes(recipe.stored(self.folder / RECIPE), self.recipe.model_dump(mode="json"))
-        if differing:
-            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differing[:5])
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differing[:5])
+        may = may_change and self.state["status"] != "finished"
+        if not all(may and key.startswith(f"{may_change}.") for key, *_ in differing):
             raise RunError(
                 str(self.folder),
                 found=f"another run ({shown})",
                 expected="the recipe that the folder was started with",
                 mend="Choose another name=..., or delete the folder.",
             )
+        if differing:
+            files.write_text(self.folder / RECIPE, recipe.dump(self.recipe))
+            self.tell(f"Changed since it was begun: {shown}.")
 
     def _log_to_file(self) -> None:
         self._handler = logging.FileHandler(self.folder / LOG, encoding="utf-8", delay=True)

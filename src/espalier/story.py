@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from espalier.budget.plan import Plan, StagePlan
 from espalier.errors import RunError
 from espalier.folder import ModelFolder
 from espalier.ledger import Cap, Cost, Ledger
+from espalier.recipe import stored
 from espalier.report import Report
 from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, read_json, read_lines
 from espalier.spec import ModelSpec
@@ -35,7 +37,8 @@ class Story:
                 expected="a run that has begun to train",
                 mend="Run its recipe again.",
             )
-        self.plan = Plan.from_json(planned["plan"])
+        self.plan, self.first = Plan.from_json(planned["plan"]), Plan.from_json(planned["first"])
+        self.expected = stored(folder / RECIPE).get("expected")
         self.device, self.hardware = planned["device"], planned["hardware"]
         self.ledger = Ledger(folder / LEDGER)
         self.metrics = list(read_lines(folder / METRICS))
@@ -57,13 +60,16 @@ class Story:
     def plan_rows(self) -> list[page.PlanRow]:
         trained, total = self.trained, self.ledger.total
         rows = [
-            page.PlanRow(f"{NAMES[r]}, training", r, getattr(self.plan.total, r), getattr(trained, r), self.basis(r))
+            page.PlanRow(f"{NAMES[r]}, training", r, getattr(self.first.total, r), getattr(trained, r), self.basis(r))
             for r in NAMES
         ]
         rows += [
             page.PlanRow(f"{NAMES[r]}, everything", r, None, getattr(total, r), self.basis(r))
             for r in ("flops", "seconds", "usd", "kwh")
         ]
+        if self.expected:
+            loss = self.results.value("held-out", "loss") if self.results else None
+            rows.append(page.PlanRow("Held-out loss", "nats", self.expected["loss"], loss, "measured"))
         return rows
 
     def alternatives(self) -> list[page.Alternative]:
@@ -169,8 +175,30 @@ class Story:
                 "matmul peak": units.si(row["peak_flops"][device["compute"]], "FLOP/s"),
                 **(self.made or {}).get("versions", {}),
             },
-            notes=[f"Where the time went: {self.where_time_went()}."],
+            notes=list(self.notes()),
         )
+
+    def notes(self) -> Iterator[str]:
+        """What figures alone don't say."""
+        if self.expected and self.results:
+            yield self.against_expectation()
+        for line in self.metrics:
+            if "planned_anew" in line:
+                yield (
+                    f"At step {line['step']} what was left of the plan became {line['planned_anew']:.2f} x as long, "
+                    f"{line['planned_steps']} steps in all: training took {line['pace']:.2f} s for each second planned."
+                )
+        yield f"Where the time went: {self.where_time_went()}."
+
+    def against_expectation(self) -> str:
+        """The loss beside the one that a law expected of the recipe."""
+        assert self.expected and self.results
+        loss = self.results.value("held-out", "loss")
+        expected, low, high = (self.expected[key] for key in ("loss", "low", "high"))
+        between = ""
+        if low is not None:
+            between = f"{'inside' if low <= loss <= high else 'outside'} {low:.3f} to {high:.3f}, "
+        return f"Held-out loss {loss:.3f}: {between}{loss - expected:+.3f} from the {expected:.3f} that was planned."
 
     def where_time_went(self) -> str:
         """What the seconds were spent on, the most first."""
@@ -194,7 +222,7 @@ def tell(folder: Path) -> None:
     table = Table("training", "planned", "fact", "ratio", "from scratch*", "ratio", box=None, pad_edge=False)
     fact = story.trained
     for name in NAMES:
-        planned, actual, scratch = (getattr(c, name) for c in (story.plan.total, fact, story.plan.from_scratch))
+        planned, actual, scratch = (getattr(c, name) for c in (story.first.total, fact, story.plan.from_scratch))
         table.add_row(
             NAMES[name] + ("" if story.basis(name) == "measured" else "*"),
             units.amount(planned, name),
@@ -206,6 +234,8 @@ def tell(folder: Path) -> None:
     console.print(table)
     total = story.ledger.total
     console.print("* estimated; from scratch: the same tokens at the final size throughout", style="dim")
+    if story.expected and story.results:
+        console.print(story.against_expectation(), highlight=False)
     console.print(f"the whole run: {units.duration(total.seconds)}, {units.money(total.usd)}")
     for row in story.stages():
         loss = f", held-out loss {row.loss:.3f}" if row.loss is not None else ""

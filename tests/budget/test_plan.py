@@ -209,3 +209,28 @@ def test_the_table_of_flm_101b_comes_out():
     )
     assert published == pytest.approx(52.76e21, rel=0.03)
     assert total.flops == pytest.approx(52.3e21, rel=0.06)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 300), st.floats(0.0, 5.0, allow_nan=False))
+def test_what_is_left_is_stretched_and_what_is_done_stays(steps, step, factor):
+    made = planned(*(f"{64 * count} tokens" for count in steps))
+    step = min(step, made.steps)
+    changed = made.stretched(factor, step)
+    first = 0
+    for before, after in zip(made.stages, changed.stages, strict=True):
+        done = before.steps - before.left(step)
+        assert after.first_step == first and after.steps >= max(done, 1)
+        assert after.steps == max(done + math.floor(factor * before.left(step)), 1)
+        assert after.cost.flops == pytest.approx(after.steps * before.cost.flops / before.steps)
+        first = after.last_step
+    assert changed.total.tokens == 64 * changed.steps
+    assert changed.from_scratch.flops == pytest.approx(made.from_scratch.flops * changed.steps / made.steps)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.data())
+def test_what_is_left_is_what_comes_after_a_step(steps, data):
+    made = planned(*(f"{64 * count} tokens" for count in steps))
+    step = data.draw(st.integers(0, made.steps))
+    assert made.left(step).tokens == pytest.approx(64 * (made.steps - step))
+    assert made.left(0).seconds == pytest.approx(made.total.seconds) and made.left(made.steps) == Cost()
+    assert made.stretched(1.0, step).total.tokens == made.total.tokens

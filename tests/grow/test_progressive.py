@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from espalier import run as run_module
 from espalier.budget import flops
 from espalier.budget.plan import Plan, plan
 from espalier.errors import BudgetError, ModelError
@@ -66,7 +68,8 @@ def setting_of(stream, tmp_path):
             return validate(state.model, stream, byte_lengths, NextToken(), Device(), **more)
 
         told = {"peak_flops": 1e9, "terminal": False, "objective": NextToken(), "device": Device(**device)}
-        return Setting(run, stream, held_out, tokenizer=tokenizer, reserve=reserve or Cost(), **told)
+        told |= {"evaluation": Cost(), "end": reserve or Cost(), "share": 0.0, "keep": lambda plan: None}
+        return Setting(run, stream, held_out, tokenizer=tokenizer, **told)
 
     return setting_of
 
@@ -115,6 +118,57 @@ def test_stacking_changes_the_depth_and_says_what_it_did_to_the_loss(carry_out, 
     assert growth["growth"][0]["operator"] == "stack" and not growth["growth"][0]["exact"]
     assert growth["relative_difference"] > 1e-4
     assert np.isfinite(growth["loss_after"])
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes in backward passes alone, `clock.step(number)` seconds in each."""
+    clock = SimpleNamespace(now=0.0, passes=0, step=lambda number: 1.0)
+    backward = loop.backward
+
+    def slow(*arguments):
+        clock.now += clock.step(clock.passes)
+        clock.passes += 1
+        return backward(*arguments)
+
+    now = lambda: clock.now  # noqa: E731
+    monkeypatch.setattr(loop, "backward", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=now))
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(time=now, monotonic=now))
+    return clock
+
+
+def timed(recipe: GrowthRecipe, cap: Cap) -> Plan:
+    """A plan of a second a step in both stages."""
+    stages = [(stage.spec, length) for stage, length in zip(recipe.path(VOCABULARY), recipe.durations(), strict=True)]
+    told = {"rows": 4, "sequence_length": 16, "basis": "measured", "rates": Rates(), "reserve": 0.05}
+    return plan(stages, seconds_per_token=[1 / TOKENS] * 2, cap=cap, **told)
+
+
+SHARES = ({**SMALL, "duration": "40%"}, {**LARGE, "duration": "60%", "depth": "identity"})
+
+
+@pytest.mark.parametrize(
+    "step, steps",
+    [
+        (lambda number: 2.0, (40, 70)),
+        (lambda number: 0.5, (160, 250)),
+        (lambda number: 3.0 if number > 30 else 1.0, (45, 75)),
+        (lambda number: 40.0 if number == 20 else 1.0, (60, 95)),
+    ],
+    ids=["twice as slow", "twice as fast", "slower later", "away for a while"],
+)
+def test_whatever_the_pace_a_run_grows_and_ends_within_its_budget(make_run, setting_of, clock, step, steps):
+    recipe, run, kept = recipe_of(*SHARES), make_run(seconds=120.0), []
+    clock.step = step
+    made = timed(recipe, run.ledger.cap)
+    outcome = grow_run(recipe, made, replace(setting_of(run), keep=kept.append, share=0.05))
+    assert (outcome.ending, outcome.state.progress.stage) == ("done", 1)
+    assert run.ledger.total.seconds <= 120.0
+    assert steps[0] <= outcome.state.progress.step <= steps[1]
+    assert outcome.state.progress.step == kept[-1].steps != made.steps
+    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "learning_rate" in line]
+    assert rates[-1] < 0.1 * max(rates), "it has decayed to its end"
 
 
 def test_masks_rise_to_the_weights_that_are_trained(carry_out, make_run, monkeypatch):

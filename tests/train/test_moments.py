@@ -1,6 +1,7 @@
 """Moments: each is due when it should be, says what was, and what it costs is in the ledger."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,9 +105,14 @@ def test_saving_is_done_when_due_and_paid_for(run):
     assert [entry.step for entry in run.ledger.entries if entry.kind == "checkpoint"] == [4, 8]
 
 
+def plan_of(steps):
+    """As much of a plan as a bar looks at, with two stages."""
+    return SimpleNamespace(steps=steps, stages=(None, None))
+
+
 @pytest.mark.parametrize("count", [1, 7, 10, 95])
 def test_without_a_terminal_at_most_ten_lines_are_told(run, told, count):
-    with Bar(run, steps=count, stages=2, terminal=False) as bar:
+    with Bar(run, lambda: plan_of(count), terminal=False) as bar:
         for state, step in steps(count):
             bar(state, step)
     assert len(told) == min(count, 10)
@@ -117,14 +123,14 @@ def test_without_a_terminal_at_most_ten_lines_are_told(run, told, count):
 def test_what_is_left_of_the_budget_is_told(make_run, told):
     run = make_run(usd=2.0)
     run.ledger.total = Cost(usd=0.5)
-    with Bar(run, steps=1, stages=1, terminal=False) as bar:
+    with Bar(run, lambda: plan_of(1), terminal=False) as bar:
         for state, step in steps(1):
             bar(state, step)
-    assert told == ["step 1/1 · stage 1/1 · loss 1.000 · 64 tok/s · 0 s left · $0.50 · 75% of the budget left"]
+    assert told == ["step 1/1 · stage 1/2 · loss 1.000 · 64 tok/s · 0 s left · $0.50 · 75% of the budget left"]
 
 
 def test_on_a_terminal_the_bar_takes_the_place_of_the_lines(run, told, capsys):
-    with Bar(run, steps=20, stages=2, terminal=True) as bar:
+    with Bar(run, lambda: plan_of(20), terminal=True) as bar:
         for state, step in steps(20):
             bar(state, step)
     assert told == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -98,6 +98,10 @@ class StagePlan:
         """The step count at which the stage is done."""
         return self.first_step + self.steps
 
+    def left(self, step: int) -> int:
+        """How many of its steps come after `step`."""
+        return min(max(self.last_step - step, 0), self.steps)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -114,6 +118,27 @@ class Plan:
     @property
     def steps(self) -> int:
         return self.stages[-1].last_step
+
+    def left(self, step: int) -> Cost:
+        """What the steps after `step` should cost."""
+        return sum((stage.cost * (stage.left(step) / stage.steps) for stage in self.stages), Cost())
+
+    def stretched(self, factor: float, step: int) -> Plan:
+        """The plan with `factor` times the steps that are left after `step`; a stage not begun keeps one at least."""
+        stages: list[StagePlan] = []
+        for stage in self.stages:
+            left = stage.left(step)
+            fewest = 1 if left == stage.steps else 0
+            steps = stage.steps - left + max(math.floor(left * factor), fewest)
+            first_step = stages[-1].last_step if stages else 0
+            stages.append(replace(stage, first_step=first_step, steps=steps, cost=stage.cost * (steps / stage.steps)))
+        total = sum((stage.cost for stage in stages), Cost())
+        return replace(
+            self,
+            stages=tuple(stages),
+            total=total,
+            from_scratch=self.from_scratch * (total.tokens / self.total.tokens),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -19,6 +19,7 @@ from espalier.budget.plan import Duration, DurationText, Plan
 from espalier.errors import BudgetError, ModelError
 from espalier.grow import operators
 from espalier.grow.operators import DepthOperator, WidthOperator
+from espalier.grow.pace import Pace
 from espalier.ledger import Cost
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from espalier.run import Run
     from espalier.train.checkpoint import Progress
     from espalier.train.device import Device
-    from espalier.train.loop import Ending, Objective, State
+    from espalier.train.loop import Ending, Meter, Moment, Objective, State
     from espalier.train.moments import Validate
     from espalier.train.validate import HeldOut
 
@@ -153,7 +154,11 @@ def _growths(before: ModelSpec, after: ModelSpec, stage: StageRecipe, number: in
 class Setting:
     """What a growth run works with, beside its recipe and plan.
 
-    reserve  what is kept back: two held-out losses of a growth, one at the end, and whatever follows the run
+    evaluation  one held-out loss, of the last stage
+    end         what follows the run
+    share       of the budget that is kept back for evaluations and checkpoints on the way
+    keep        called with a plan that takes the place of the one before
+    changed     whether the budget or its prices have changed since the plan was made
     """
 
     run: Run
@@ -162,9 +167,18 @@ class Setting:
     objective: Objective
     tokenizer: Path
     device: Device
-    reserve: Cost
+    evaluation: Cost
+    end: Cost
+    share: float
     peak_flops: float
     terminal: bool
+    keep: Callable[[Plan], None]
+    changed: bool = False
+
+    @property
+    def reserve(self) -> Cost:
+        """What is kept back: two held-out losses of a growth that may be under way, one at the end, what follows."""
+        return self.evaluation * 3 + self.end
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,7 @@ class Outcome:
 def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     """Carry out a plan from its newest checkpoint, or from the start."""
     from espalier.train import moments
-    from espalier.train.loop import Meter, Segment, train
+    from espalier.train.loop import Meter
 
     run, device = setting.run, setting.device
     device.prepare()
@@ -187,9 +201,20 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     if state is None:
         _require_reserve(plan, setting)
         state = _begin(recipe, plan, setting)
+    pace = Pace(
+        run,
+        plan,
+        recipe.durations(),
+        share=setting.share,
+        growth=setting.evaluation * 2,
+        end=setting.evaluation + setting.end,
+        keep=setting.keep,
+    )
+    if state.progress.step:
+        pace.adapt(state.progress, 1.0, changed=setting.changed)
     meter = Meter(run, setting.reserve)
     run.charge("start")
-    save = moments.Save(run, meter, lambda s: _save(recipe, plan, setting, s), every=recipe.train.save_steps)
+    save = moments.Save(run, meter, lambda s: _save(recipe, setting, s), every=recipe.train.save_steps)
     log = moments.Log(
         run,
         every=recipe.train.logging_steps or max(plan.steps // LOG_LINES, 1),
@@ -206,36 +231,51 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         for stage in plan.stages
     ]
     ending: Ending = "done"
-    with moments.Bar(run, steps=plan.steps, stages=len(plan.stages), terminal=setting.terminal) as bar:
-        for number, stage in enumerate(plan.stages):
-            if state.progress.step >= stage.last_step and number < len(plan.stages) - 1:
+    with moments.Bar(run, lambda: pace.plan, terminal=setting.terminal) as bar:
+        for number in range(len(plan.stages)):
+            if state.progress.step >= pace.plan.stages[number].last_step and number < len(plan.stages) - 1:
                 continue
             validate = validates[number]
             if number > state.progress.stage:
                 save.now(state)  # a growth that fails or is broken off begins again from here
-                grown = _grow(recipe, plan, setting, state, number, validates[number - 1], validate)
+                grown = _grow(recipe, pace.plan, setting, state, number, validates[number - 1], validate)
                 if grown is None:
                     ending = "budget" if run.stop_signal is None else "signal"
                     break
                 state = grown
-            meter.expect(stage.cost * (1 / stage.steps))
-            segment = Segment(
-                until_step=stage.last_step,
-                rows=stage.rows,
-                micro_rows=recipe.train.per_device_train_batch_size,
-                flops_per_token=stage.flops_per_token,
-                factor=_factor(recipe, plan, number),
-                level=_level(recipe, plan, number),
-            )
-            ending = train(
-                state, setting.train_stream, segment, setting.objective, device, meter, (log, validate, save, bar)
-            )
+            ending = _train(recipe, setting, state, pace, meter, (pace, log, validate, save, bar))
             if ending != "done":
                 break
     if ending == "signal":
         save.now(state)
         return Outcome(state, ending)
     return Outcome(state, ending, validates[state.progress.stage].now(state))
+
+
+def _train(
+    recipe: GrowthRecipe, setting: Setting, state: State, pace: Pace, meter: Meter, watched: Sequence[Moment]
+) -> Ending:
+    """Train to the end of the stage, a stretch at a time, and after each look at the pace."""
+    from espalier.train.loop import Segment, train
+
+    number = state.progress.stage
+    stage = pace.plan.stages[number]
+    meter.expect(stage.cost * (1 / stage.steps))
+    while state.progress.step < stage.last_step:
+        segment = Segment(
+            until_step=pace.next_look(state.progress),
+            rows=stage.rows,
+            micro_rows=recipe.train.per_device_train_batch_size,
+            flops_per_token=stage.flops_per_token,
+            factor=_factor(recipe, pace.plan, number),
+            level=_level(recipe, pace.plan, number),
+        )
+        ending = train(state, setting.train_stream, segment, setting.objective, setting.device, meter, watched)
+        if ending != "done":
+            return ending
+        pace.look(state.progress)
+        stage = pace.plan.stages[number]
+    return "done"
 
 
 def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
@@ -322,7 +362,7 @@ def _state(
     return State(spec, model, optimizer, progress)
 
 
-def _save(recipe: GrowthRecipe, plan: Plan, setting: Setting, state: State) -> None:
+def _save(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
     from espalier.budget import memory
     from espalier.train import checkpoint
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -70,6 +71,9 @@ class Step:
 
 Moment = Callable[[State, Step], None]
 
+# Steps by which the next one's cost is judged.
+LATEST = 16
+
 
 class Meter:
     """Puts steps into the run's ledger about once a second, and says whether one more fits the budget.
@@ -80,21 +84,25 @@ class Meter:
     def __init__(self, run: Run, reserve: Cost, *, every_seconds: float = 1.0) -> None:
         self.run, self.reserve, self.every_seconds = run, reserve, every_seconds
         self._pending = Cost()
-        self._dearest = Cost()
+        self._latest = deque((Cost(), Cost()), maxlen=LATEST)
 
     def expect(self, step: Cost) -> None:
         """State what a step of the coming stage should cost, before the first is done."""
-        self._dearest = step
+        self._latest.clear()
+        self._latest.extend((step, step))
 
     def allows_another(self) -> bool:
-        """Whether the dearest step of the stage could be paid once more, the reserve untouched."""
-        return self.run.affords(self._pending + self._dearest + self.reserve)
+        """Whether a step as dear as the second dearest of the latest could be paid, the reserve untouched.
+
+        The dearest may be one during which the machine slept.
+        """
+        second = Cost(*(sorted(amounts)[-2] for amounts in zip(*map(_amounts, self._latest), strict=True)))
+        return self.run.affords(self._pending + second + self.reserve)
 
     def count(self, state: State, step: Step) -> None:
         """Note a step that was done."""
         self._pending = self._pending + Cost(tokens=step.tokens, flops=step.flops)
-        cost = self.run.rates.cost(step.seconds, tokens=step.tokens, flops=step.flops)
-        self._dearest = Cost(*map(max, vars(self._dearest).values(), vars(cost).values()))
+        self._latest.append(self.run.rates.cost(step.seconds, tokens=step.tokens, flops=step.flops))
         if self.run.uncharged_seconds >= self.every_seconds:
             self.flush(state)
 
@@ -103,6 +111,10 @@ class Meter:
         progress, pending = state.progress, self._pending
         self.run.charge("train", tokens=pending.tokens, flops=pending.flops, stage=progress.stage, step=progress.step)
         self._pending = Cost()
+
+
+def _amounts(cost: Cost) -> tuple[float, ...]:
+    return tuple(vars(cost).values())
 
 
 def train(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from rich import progress as rich_progress
 
 from espalier import units
+from espalier.budget.plan import Plan
 from espalier.ledger import Cost
 from espalier.run import Run
 from espalier.train.checkpoint import Progress
@@ -115,8 +116,8 @@ class Save:
 class Bar:
     """A progress bar on a terminal: stage, loss, time left, money, share of the budget left; else a line a tenth."""
 
-    def __init__(self, run: Run, *, steps: int, stages: int, terminal: bool):
-        self.run, self.steps, self.stages, self.terminal = run, steps, stages, terminal
+    def __init__(self, run: Run, plan: Callable[[], Plan], *, terminal: bool):
+        self.run, self.plan, self.terminal = run, plan, terminal
         self._told = 0
         self._progress = rich_progress.Progress(
             rich_progress.TextColumn("{task.description}"),
@@ -126,7 +127,7 @@ class Bar:
             transient=True,
             disable=not terminal,
         )
-        self._task = self._progress.add_task("training", total=steps, figures="")
+        self._task = self._progress.add_task("training", total=plan().steps, figures="")
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -136,8 +137,9 @@ class Bar:
         self._progress.stop()
 
     def __call__(self, state: State, step: Step) -> None:
-        progress = state.progress
-        left = (self.steps - progress.step) * step.seconds
+        progress, plan = state.progress, self.plan()
+        steps, stages = plan.steps, len(plan.stages)
+        left = (steps - progress.step) * step.seconds
         figures = (
             f"loss {step.loss:.3f} · {units.count(step.tokens / step.seconds)} tok/s · {units.duration(left)} left"
             f" · {units.money(self.run.ledger.total.usd)}"
@@ -149,12 +151,13 @@ class Bar:
             self._progress.update(
                 self._task,
                 completed=progress.step,
-                description=f"stage {progress.stage + 1}/{self.stages}",
+                total=steps,
+                description=f"stage {progress.stage + 1}/{stages}",
                 figures=figures,
             )
-        elif progress.step * 10 // self.steps > self._told:
-            self._told = progress.step * 10 // self.steps
-            self.run.tell(f"step {progress.step}/{self.steps} · stage {progress.stage + 1}/{self.stages} · {figures}")
+        elif progress.step * 10 // steps > self._told:
+            self._told = progress.step * 10 // steps
+            self.run.tell(f"step {progress.step}/{steps} · stage {progress.stage + 1}/{stages} · {figures}")
 
 
 def spending(run: Run) -> dict[str, float | None]:
