@@ -6,7 +6,7 @@ from espalier.budget.fit import LAW, fit
 from espalier.budget.observations import read_runs
 from espalier.budget.scaling import Law
 from espalier.errors import DataError, RecipeError
-from espalier.ladder import TRIALS, LadderRecipe, ladder, tokens_of
+from espalier.ladder import TRIALS, LadderRecipe, _flops, ladder, tokens_of
 from espalier.ledger import Ledger
 from espalier.recipe import parse
 from espalier.report import Report
@@ -102,6 +102,15 @@ def test_a_ladder_that_could_not_tell_its_law_is_refused_before_it_trains(recipe
         ):
             ladder(told, run)
         assert not (run.folder / TRIALS).exists()
+
+
+def test_runs_beyond_the_most_flops_are_left_out(recipe):
+    both = recipe.model_copy(update={"tokens": ("5000 tokens", "10x")})
+    every = [_flops(trial) for trial in both.trials()]
+    most = sorted(every)[5]
+    some = [_flops(trial) for trial in both.model_copy(update={"flops": most}).trials()]
+    assert some == [spent for spent in every if spent <= most] and len(some) == 6
+    assert not recipe.model_copy(update={"flops": 1.0}).trials()
 
 
 @pytest.mark.parametrize(("length", "tokens"), [("3M tokens", 3e6), ("20x", 2e4), ("2.5x", 2500)])

@@ -82,16 +82,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prices:
-    """What training costs, and how much of it may be spent: the cap less the reserve."""
+    """What training costs, and how much of it may be spent: the cap less what starting and exporting take, and less
+    the reserve.
+    """
 
     rates: Rates
     cap: Cap
     reserve: float
+    around: Cost
 
     @property
     def usable(self) -> float:
         """The share of the cap that training may take."""
-        return 1 - self.reserve
+        return (1 - self.cap.share_spent(self.around)) * (1 - self.reserve)
 
     def of(self, candidate: Candidate, tokens: float) -> Cost:
         return self.rates.cost(tokens * candidate.seconds, tokens=tokens, flops=tokens * candidate.flops)

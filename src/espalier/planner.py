@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # What the samples, the export and the page take; it is kept back, before the recipe's reserve.
 EXPORT_SECONDS = 5.0
+# What comes before training: the interpreter, probes that are cached, data that is packed (bench/2026-11-24-start).
+START_SECONDS = 8.0
 # Compiling is tried when training takes longer than this many seconds without it.
 WORTH_A_TRIAL = 30.0
 

@@ -30,8 +30,10 @@ from espalier.spec import ModelSpec
 PLANNED = "planned.yaml"
 # Widths to choose from, in heads; layers follow from the width.
 HEADS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
-# Shares of the final layers from which a model is stacked.
+# Shares of the final layers from which a model is stacked, and the fewest: one layer alone can't copy from what it has
+# read, and no law of size holds for it (bench/2026-11-24-plan-ten-minutes).
 STARTS = (1 / 8, 1 / 4, 1 / 2)
+FEWEST_LAYERS = 2
 # Sizes this far from the best one trained from scratch are looked at.
 SMALLER, LARGER = 1 / 30, 6.0
 # A stage that took less than this share of the budget would hardly be worth its evaluations and its compiling.
@@ -90,7 +92,8 @@ def _prices(recipe: PlanRecipe, row: Hardware) -> Prices:
         watts=budget.watts,
         kgco2e_per_kwh=budget.kgco2e_per_kwh,
     )
-    prices = Prices(rates, budget.cap(), budget.reserve)
+    around = rates.cost(planner.START_SECONDS + planner.EXPORT_SECONDS) if recipe.hardware == HERE else Cost()
+    prices = Prices(rates, budget.cap(), budget.reserve, around)
     if not prices.cap.share_spent(rates.cost(1.0, flops=1.0, tokens=1.0)):
         raise BudgetError(
             "budget",
@@ -120,7 +123,7 @@ def _candidates(recipe: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> 
     starts = [
         _candidate(recipe, one.spec.hidden_size, layers, speed)
         for one in finals
-        for layers in sorted({max(round(share * one.spec.num_hidden_layers), 1) for share in STARTS})
+        for layers in sorted({max(round(share * one.spec.num_hidden_layers), FEWEST_LAYERS) for share in STARTS})
         if layers < one.spec.num_hidden_layers
     ]
     # Growth leads to later ones: by width, then by depth.
