@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from espalier import propose, recipe
-from espalier.budget import flops, hardware
+from espalier.budget import flops, hardware, layouts
 from espalier.budget.scaling import Law
 from espalier.errors import BudgetError, RecipeError
 from espalier.ladder import LadderRecipe
@@ -195,7 +195,9 @@ def test_on_this_machine_the_sizes_in_question_are_timed(tmp_path, monkeypatch):
 def test_a_size_that_was_not_timed_is_as_fast_as_the_nearest_that_was():
     def candidate(layers, seconds):
         spec = ModelSpec(vocab_size=512, hidden_size=64, head_dim=32, num_hidden_layers=layers)
-        return Candidate(spec, float(flops.training_flops(spec, 64)), seconds, ready=layers)
+        alone = layouts.cluster(hardware.named("vcpu", home=Path("none")), 1, None, 0.3)
+        arranged = layouts.best(spec, alone, layouts.Work(8, 64, "muon", (1,), ("none",)))
+        return Candidate(spec, float(flops.training_flops(spec, 64)), seconds, arranged, ready=layers)
 
     one, other = candidate(2, 1e-5), candidate(16, 1e-3)
     for layers, nearest in ((1, one), (4, one), (12, other), (32, other)):
