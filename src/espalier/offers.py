@@ -29,6 +29,8 @@ from espalier.story import shape
 
 ALONE = "that size from scratch"
 HERE = "here"
+# Of the peak, by products alone. FLM-101B's published speeds come to 0.50 to 0.56 once what was sent is taken off
+# (tests/budget/test_parallel.py), with kernels and overlap that few have.
 PRODUCTS = 0.4
 # Published decoders have 32 to 128 channels a layer, the small ones fewer.
 LEAST_ASPECT, MOST_ASPECT = 32, 128

@@ -174,17 +174,24 @@ def _require_room(
     recipe: PlanRecipe, tasks: Sequence[tuple[ModelSpec, Work]], every: Sequence[Candidate], cluster: Cluster
 ) -> None:
     """Refuse what fits in no layout: the size that is asked for, or else even the smallest."""
-    wanted = recipe.parameters or 1.0
+    wanted = recipe.parameters or flops.parameters(tasks[0][0])
     spec, work = min(tasks, key=lambda task: _distance(flops.parameters(task[0]), wanted))
-    if any(one.spec == spec for one in every):
+    if any(recipe.parameters is None or one.spec == spec for one in every):
         return
     least = layouts.smallest(spec, cluster, work)
+    if least is None:
+        raise RecipeError(
+            "devices",
+            found=f"{cluster.count} for updates of {work.rows} rows, which suit the budget",
+            expected="as many as can share so few evenly",
+            mend="Lower devices, raise the budget, or ask for a larger model.",
+        )
     devices = layouts.devices_for(spec, cluster, work)
     raise RecipeError(
         "parameters" if recipe.parameters else "hardware",
-        found=f"a model of {units.count(flops.parameters(spec))} parameters that takes {units.si(least.bytes, 'B')} of "
-        f"each device even as {least}",
-        expected=f"at most {units.si(least.room, 'B')}, what one of {cluster.count} × {cluster.device.name} has",
+        found=f"a model of {units.count(flops.parameters(spec))} parameters, of which each of {cluster.count} devices "
+        f"holds {units.si(least.bytes, 'B')} at the least ({least})",
+        expected=f"at most {units.si(least.room, 'B')}, what {cluster.device.name} has",
         mend=f"Set devices={devices}." if devices else "Choose a smaller model, or devices with more memory.",
     )
 

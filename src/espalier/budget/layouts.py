@@ -104,7 +104,8 @@ class Arrangement:
     def __str__(self) -> str:
         axes = {axis: getattr(self.layout, axis) for axis in ("data", "tensor", "pipeline")}
         ranks = " × ".join(f"{parts} {axis}" for axis, parts in axes.items() if parts > 1)
-        words = [ranks, "" if self.layout.sharding == "none" else self.layout.sharding]
+        sharding = {"none": "", "full": "fully sharded"}.get(self.layout.sharding, self.layout.sharding)
+        words = [ranks, sharding]
         words += [f"{_counted(self.update.micro_rows)} at a time"]
         words += ["recomputing"] if self.update.recompute == "layers" else []
         return ", ".join(word for word in words if word)
@@ -143,14 +144,14 @@ def best(spec: ModelSpec, cluster: Cluster, work: Work) -> Arrangement | None:
     return found
 
 
-def smallest(spec: ModelSpec, cluster: Cluster, work: Work) -> Arrangement:
-    """The arrangement that takes least memory, whether it fits or not."""
+def smallest(spec: ModelSpec, cluster: Cluster, work: Work) -> Arrangement | None:
+    """The arrangement that takes least memory, whether it fits or not; None if nothing divides evenly."""
     every = (
         _arrangement(spec, sharded, update, cluster, work)
         for layout, update in _divisions(spec, cluster, work)
         for sharded in _sharded(layout)
     )
-    return min(every, key=lambda one: one.bytes)
+    return min(every, key=lambda one: one.bytes, default=None)
 
 
 def devices_for(spec: ModelSpec, cluster: Cluster, work: Work) -> int | None:
