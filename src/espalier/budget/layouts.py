@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from espalier.budget import memory, parallel
 from espalier.budget.finetune import LOSS_CHUNK
-from espalier.budget.flops import training_flops
+from espalier.budget.flops import parameters, training_flops
 from espalier.budget.hardware import Hardware, compute_dtype
 from espalier.budget.memory import Dtype, Optimizer, Recompute
 from espalier.budget.parallel import Layout, Links, Sharding, StepTime, Update
@@ -26,6 +26,8 @@ BETWEEN_NODES = 25e9
 MOST_DEVICES = 2**17
 # Each is slower than the one before and holds less. Dividing nothing is slower than zero1 and holds more.
 SHARDINGS: tuple[Sharding, ...] = ("zero1", "zero2", "full")
+# Bytes a parameter that ranks of several hold together at the least.
+STATE = parallel.MASTER + parallel.GRADIENT + parallel.MOMENTS
 # Times no further apart than rounding are the same.
 ROUNDING = 1e-9
 
@@ -130,6 +132,9 @@ def best(spec: ModelSpec, cluster: Cluster, work: Work) -> Arrangement | None:
 
     Of several as short it has the largest micro-batch, then the fewest ranks to a replica.
     """
+    # The ranks hold the state together, however they divide it: where that doesn't fit nothing needs to be tried.
+    if cluster.count > 1 and STATE * parameters(spec) > cluster.count * cluster.room:
+        return None
     found: Arrangement | None = None
     for layout, update in _divisions(spec, cluster, work):
         if found and _least_seconds(spec, layout, update, cluster) >= found.time.total:
