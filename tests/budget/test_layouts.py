@@ -68,11 +68,12 @@ BOTH = ("none", "layers")
     st.sampled_from([6, 32, 48]),
     st.floats(0, 1),
     st.sampled_from([1e5, 4e7, 1e10]),
+    st.sampled_from([2, 4]),
     st.sampled_from([BOTH, ("layers",)]),
 )
-def test_no_layout_that_fits_is_faster(spec, count, rows, part, speed, recompute):
+def test_no_layout_that_fits_is_faster(spec, count, rows, part, speed, per_node, recompute):
     task = work(rows, recompute=recompute, micro_rows=(1, 2, 3))
-    devices = cluster(count=count, links=Links(within=speed, between=speed / 8, per_node=4))
+    devices = cluster(count=count, links=Links(within=speed, between=speed / 8, per_node=per_node))
     ways = every(spec, devices, task)
     if not ways:
         assert layouts.best(spec, devices, task) is None and layouts.smallest(spec, devices, task) is None
@@ -148,6 +149,7 @@ def test_one_device_holds_what_its_own_loop_does(optimizer):
         else:
             assert found.update.recompute == "layers"
         assert found.layout == Layout() and found.busy == 1
+        assert found.bytes - memory.FRAMEWORK == need(found.update.micro_rows, found.update.recompute)
     assert layouts.best(small(), cluster(need(1, "layers") - 1, count=1, links=None), task) is None
     least = layouts.smallest(small(), cluster(0, count=1, links=None), task)
     assert least.bytes == memory.FRAMEWORK + min(need(rows, again) for rows in (1, 2, 4, 8) for again in BOTH)

@@ -154,6 +154,19 @@ def test_the_fullest_rank_and_the_one_that_sends_most_are_those_of_all_stages(la
     assert sum(one.bytes for one in parallel.traffic(spec, layout, batch)) == max(moved)
 
 
+@settings(deadline=None)
+@given(layouts, choices, st.booleans(), st.sampled_from([1.0, 1e-3, 1e-6]))
+def test_an_update_takes_as_long_as_the_stage_that_sends_longest(layout, how, tied, slower):
+    """Not the one that sends most: its links may be the faster ones."""
+    spec, batch = small(tie_word_embeddings=tied), update(**how)
+    links = Links(within=4e7, between=4e7 * slower, per_node=4)
+    time = parallel.step_time(spec, layout, batch, A800, links)
+    for stage in range(layout.pipeline):
+        moves = parallel._transfers(spec, layout, batch, stage)
+        sent = sum(move.bytes / links.bandwidth(move.axis, layout) for move in moves)
+        assert time.total >= (time.compute + sent) * (1 - 1e-9)
+
+
 def test_a_rank_is_one_device_of_a_row():
     """A GPU of those that a row counts, or a CPU with all its cores."""
     spec, batch = small(), update()

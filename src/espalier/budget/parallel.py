@@ -204,14 +204,23 @@ def step_time(
     efficiency  the share of the hardware's peak that products reach; at 1 the time is one that can't be beaten
     overlap     the share of what data ranks send that hides behind products; nothing else is hidden
     """
-    batches = update.micro_batches(layout)
+    require_fit(spec, layout, update)
     peak = efficiency * hardware.part(1).peak_flops[update.compute]
+    work = update.rows // layout.data * update.sequence_length * _slowest_stage(spec, layout, update)
+    compute = work / (layout.tensor * peak)
+    times = (_stage_time(spec, layout, update, links, overlap, compute, stage) for stage in _unlike(layout))
+    return max(times, key=lambda time: time.total)
+
+
+def _stage_time(
+    spec: ModelSpec, layout: Layout, update: Update, links: Links, overlap: float, compute: float, stage: int
+) -> StepTime:
+    """The update as it is for a stage whose products take `compute` seconds."""
     sent: dict[Axis, float] = dict.fromkeys(("tensor", "expert", "pipeline", "data"), 0.0)
-    for transfer in traffic(spec, layout, update):
+    for transfer in _transfers(spec, layout, update, stage):
         sent[transfer.axis] += transfer.bytes / links.bandwidth(transfer.axis, layout)
     sent["data"] *= 1 - overlap
-    compute = batches * update.tokens * _slowest_stage(spec, layout, update) / (layout.tensor * peak)
-    bubble = (compute + sent["tensor"] + sent["expert"]) * (layout.pipeline - 1) / batches
+    bubble = (compute + sent["tensor"] + sent["expert"]) * (layout.pipeline - 1) / update.micro_batches(layout)
     return StepTime(compute, **sent, bubble=bubble)
 
 
