@@ -158,19 +158,29 @@ def test_one_device_holds_what_its_own_loop_does(optimizer):
 def test_a_start_can_be_held_to_the_way_of_another():
     task = work(recompute=BOTH)
     found = layouts.best(small(), cluster(430_000), task)
-    alike = layouts.best(small(num_hidden_layers=2), cluster(), task.like(found))
+    fast = cluster(links=Links(within=1e12, between=1e12, per_node=4))
+    alike, free = (layouts.best(small(num_hidden_layers=2), fast, one) for one in (task.like(found), task))
     assert (alike.update.micro_rows, alike.update.recompute) == (found.update.micro_rows, found.update.recompute)
-    assert found.update.recompute == "layers"
+    assert found.update.recompute == "layers" and free.update.recompute == "none"
+    assert found.update.micro_rows == 1 < free.update.micro_rows
+
+
+def test_a_model_that_is_nearly_all_state_may_fill_the_devices():
+    deep, few = small(hidden_size=256, num_attention_heads=8, num_hidden_layers=16), work(8, sequence_length=2)
+    few = replace(few, recompute=BOTH)
+    least = layouts.smallest(deep, cluster(), few)
+    assert layouts.best(deep, cluster(least.bytes - memory.FRAMEWORK), few).bytes == least.bytes
 
 
 def test_as_many_devices_as_it_takes():
     big = small(hidden_size=256, num_attention_heads=8, num_hidden_layers=8)
     task = work(64, recompute=BOTH)
-    devices = cluster(3_000_000, count=2)
-    enough = layouts.devices_for(big, devices, task)
-    assert enough > 2
-    assert layouts.best(big, replace(devices, count=enough), task)
-    assert layouts.best(big, replace(devices, count=enough // 2), task) is None
+    for count in (1, 2):
+        devices = cluster(3_000_000, count=count)
+        enough = layouts.devices_for(big, devices, task)
+        assert enough > 2
+        assert layouts.best(big, replace(devices, count=enough), task)
+        assert layouts.best(big, replace(devices, count=enough // 2), task) is None
     assert layouts.devices_for(big, cluster(0, count=2), task) is None
     assert layouts.devices_for(big, cluster(0, count=1, links=None), task) is None
 

@@ -133,7 +133,7 @@ def best(spec: ModelSpec, cluster: Cluster, work: Work) -> Arrangement | None:
     Of several as short it has the largest micro-batch, then the fewest ranks to a replica.
     """
     # The ranks hold the state together, however they divide it: where that doesn't fit nothing needs to be tried.
-    if cluster.count > 1 and STATE * parameters(spec) > cluster.count * cluster.room:
+    if cluster.count > 1 and STATE * parameters(spec) > cluster.count * (cluster.room - memory.FRAMEWORK):
         return None
     found: Arrangement | None = None
     for layout, update in _divisions(spec, cluster, work):
@@ -145,7 +145,6 @@ def best(spec: ModelSpec, cluster: Cluster, work: Work) -> Arrangement | None:
                 break
             if one.bytes <= one.room:
                 found = one
-                break
     return found
 
 
