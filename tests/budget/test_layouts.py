@@ -166,8 +166,8 @@ def test_a_start_can_be_held_to_the_way_of_another():
 
 
 def test_a_model_that_is_nearly_all_state_may_fill_the_devices():
-    deep, few = small(hidden_size=256, num_attention_heads=8, num_hidden_layers=16), work(8, sequence_length=2)
-    few = replace(few, recompute=BOTH)
+    deep = small(hidden_size=256, num_attention_heads=8, num_hidden_layers=16)
+    few = work(8, sequence_length=2, recompute=BOTH)
     least = layouts.smallest(deep, cluster(), few)
     assert layouts.best(deep, cluster(least.bytes - memory.FRAMEWORK), few).bytes == least.bytes
 
