@@ -1,19 +1,24 @@
 """Plans from a sum: what is offered follows from the law and the prices, and what comes out can be run."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from espalier import ladder, propose, recipe
-from espalier.budget import fit, flops, hardware
-from espalier.budget.scaling import Law
+from espalier import ladder, planner, propose, recipe
+from espalier.budget import fit, flops, hardware, layouts
+from espalier.budget.hardware import Hardware
+from espalier.budget.observations import About, text_digest
+from espalier.budget.scaling import Law, Span
 from espalier.errors import BudgetError, RecipeError
 from espalier.ladder import LadderRecipe
-from espalier.offers import ALONE, Candidate, PlanRecipe, depth_of
+from espalier.offers import ALONE, PRODUCTS, Candidate, PlanRecipe, depth_of
 from espalier.pipeline import PretrainRecipe
-from espalier.run import PAGE, Run
+from espalier.run import PAGE, RECIPE, Run
 from espalier.spec import ModelSpec
 from espalier.train.probe import Speed
 
@@ -192,10 +197,131 @@ def test_on_this_machine_the_sizes_in_question_are_timed(tmp_path, monkeypatch):
     assert len(timed) <= 12
 
 
+def test_the_law_is_asked_before_anything_is_timed_and_once_more_after(tmp_path, monkeypatch):
+    row = hardware.named("vcpu", home=tmp_path / "home")
+    monkeypatch.setattr(hardware, "named", lambda key, home: row)
+    law = Law.load("hoffmann-2022")
+    timed = []
+
+    def speeds(recipe, here, specs, seconds):
+        timed.extend(specs)
+        return [Speed(1e-20 * flops.parameters(spec), 0.0, 0.0) for spec in specs]
+
+    monkeypatch.setattr(propose.planner, "speeds", speeds)
+    small = {"hardware": "here", "budget": {"hours": 1}, "model": {"head_dim": 32}, "furthest": 1}
+    with pytest.raises(RecipeError, match="outside its range"):
+        planned(tmp_path / "far", **small)
+    assert not timed
+    near = law.model_copy(update={"parameters": Span(low=1, high=1e9), "tokens": Span(low=1, high=1e11)})
+    near.save(tmp_path / "near.json")
+    with pytest.raises(RecipeError, match="outside its range"):
+        planned(tmp_path / "faster", law=str(tmp_path / "near.json"), **small)
+    assert timed, "the machine turned out to be so fast that the plan leaves the range"
+
+
+def test_a_law_of_other_text_is_told(tmp_path):
+    """The text that a law names is the recipe's data as a run folder keeps it."""
+    _, _, said = planned(tmp_path / "other")
+    assert "other text than this plan's (MassiveText, SentencePiece, 32,000 ids)" in said
+    own = text_digest(recipe.stored(tmp_path / "other" / RECIPE)["data"])
+    law = Law.load("hoffmann-2022")
+    law.model_copy(update={"about": About(data=own, tokenizer="0123")}).save(tmp_path / "own.json")
+    _, _, said = planned(tmp_path / "same", law=str(tmp_path / "own.json"))
+    assert "other text" not in said
+    data = {"data": {"sources": [str(tmp_path)], "max_bytes": "12MB", "held_out": 1e-7}}
+    _, _, said = planned(tmp_path / "another", law=str(tmp_path / "own.json"), **data)
+    assert f"other text than this plan's ({own}, 0123)" in said
+    law.model_copy(update={"about": About()}).save(tmp_path / "unnamed.json")
+    _, _, said = planned(tmp_path / "unnamed", law=str(tmp_path / "unnamed.json"))
+    assert "other text than this plan's (it doesn't say which)" in said
+
+
+def test_what_fits_no_device_is_not_offered_and_what_is_offered_can_be_run(tmp_path):
+    """A sum for large models on one GPU: settings by which they fit are the recipe's."""
+    told = {"budget": {"usd": 1e5}, "hardware": "a100-40g", "data": {"sequence_length": 2048}}
+    made, offers, said = planned(tmp_path / "one", **told)
+    row = hardware.named("a100-40g", home=tmp_path / "home")
+    held = rows(offers, "bytes a device")
+    assert max(held.values()) <= row.memory_bytes < 1.5 * max(held.values())
+    planner.require_memory(made, row)
+    assert made.train.recompute == "layers" and "recomputing" in said
+    larger, _, _ = planned(tmp_path / "many", **(told | {"devices": 64}))
+    assert flops.parameters(larger.specs()[-1]) > 2 * flops.parameters(made.specs()[-1])
+
+
+def test_a_size_that_fits_nowhere_is_refused_with_what_it_would_take(tmp_path):
+    wanted = {"parameters": 1.3e10, "budget": {"usd": 1e5}}
+    with pytest.raises(RecipeError) as refused:
+        planned(tmp_path / "one", **wanted)
+    error = refused.value
+    assert error.where == "parameters" and "recomputing" in error.found and "80 GB" in error.expected
+    devices = int(error.mend.removeprefix("Set devices=").rstrip("."))
+    made, _, _ = planned(tmp_path / "many", devices=devices, **wanted)
+    assert flops.parameters(made.specs()[-1]) == pytest.approx(1.3e10, rel=0.1)
+    with pytest.raises(RecipeError, match="devices with more memory"):
+        planned(tmp_path / "cpu", hardware="vcpu", **wanted)
+    with pytest.raises(RecipeError, match="devices: found 1024 for updates"):
+        planned(tmp_path / "crowd", devices=1024, budget={"usd": 1e-3}, parameters=2e6)
+    with pytest.raises(RecipeError, match="no link"):
+        planned(tmp_path / "alone", hardware="vcpu", devices=2)
+    tiny = Hardware("tiny", "cuda", 1, {"float32": 1e12, "bfloat16": 1e12}, 10**6, 1e9, 1.0, 1.0, 0.5, {})
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patched, pytest.raises(RecipeError, match="hardware: found a model of"):
+        patched.setattr(hardware, "named", lambda key, home: tiny)
+        planned(tmp_path / "tiny")
+
+
+def test_every_stage_tells_its_layout(tmp_path, capsys):
+    flm = {"budget": {"usd": 1e5}, "hardware": "a800-80g", "devices": 192, "parameters": 1.01e11}
+    made, offers, said = planned(tmp_path / "plan", **flm)
+    assert len(made.stages) > 1
+    page, table = (tmp_path / "plan" / PAGE).read_text(), capsys.readouterr().out
+    name = next(name for name in rows(offers, "flops") if name.startswith("planned"))
+    length = made.data.sequence_length
+    for number in range(1, len(made.stages) + 1):
+        at = f"{name}, stage {number}"
+        data, tensor, pipeline = (int(rows(offers, f"{axis} ranks")[at]) for axis in ("data", "tensor", "pipeline"))
+        assert data * tensor * pipeline == 192
+        assert f"{data}×{tensor}×{pipeline}" in table
+        words = next(row["note"] for row in offers if row["task"] == at and row["metric"] == "data ranks")
+        assert f"Stage {number} is laid out as {words}: " in said and f">{words}</td>" in page
+        assert rows(offers, "micro-batch")[at] == made.train.per_device_train_batch_size
+        assert made.train.batch_tokens % (data * made.train.per_device_train_batch_size * length) == 0
+    assert ">Layout</th>" in page and "products take" in said
+
+
+def test_what_devices_send_takes_time_unless_it_is_in_the_utilization_that_is_stated(tmp_path):
+    many = {"budget": {"hours": 100}, "hardware": "a800-80g", "devices": 64}
+    links = {"links": {"within": 2e10, "between": 1e9}}
+    row = hardware.named("a800-80g", home=tmp_path / "home")
+
+    def reached(name, **more):
+        _, offers, _ = planned(tmp_path / name, **(many | more))
+        best = next(name for name in rows(offers, "flops") if name.startswith("planned"))
+        return rows(offers, "flops")[best] / rows(offers, "seconds")[best] / (64 * row.peak_flops["bfloat16"])
+
+    stated, slow = reached("stated", utilization=PRODUCTS, **links), reached("slow", **links)
+    assert stated == pytest.approx(PRODUCTS)
+    assert slow < 0.8 * reached("fast") < 0.8 * PRODUCTS
+    assert reached("alone", devices=1) == pytest.approx(PRODUCTS / 64)
+
+
+@given(st.integers(1, 5000), st.floats(1e12, 1e26))
+def test_devices_share_an_update_s_rows_evenly(devices, work):
+    tokens = propose._batch_tokens(work, 1024, devices)
+    suits = propose.BATCH_FACTOR * work**propose.BATCH_EXPONENT
+    odd = devices // math.gcd(devices, 2**20)
+    assert tokens % (1024 * odd) == 0
+    assert math.log2(tokens // (1024 * odd)).is_integer()
+    assert 0.7 < tokens / suits < 1.5 or tokens == 1024 * odd
+
+
 def test_a_size_that_was_not_timed_is_as_fast_as_the_nearest_that_was():
     def candidate(layers, seconds):
         spec = ModelSpec(vocab_size=512, hidden_size=64, head_dim=32, num_hidden_layers=layers)
-        return Candidate(spec, float(flops.training_flops(spec, 64)), seconds, ready=layers)
+        alone = layouts.cluster(hardware.named("vcpu", home=Path("none")), 1, None, 0.3)
+        arranged = layouts.best(spec, alone, layouts.Work(8, 64, "muon", (1,), ("none",)))
+        return Candidate(spec, float(flops.training_flops(spec, 64)), seconds, arranged, ready=layers)
 
     one, other = candidate(2, 1e-5), candidate(16, 1e-3)
     for layers, nearest in ((1, one), (4, one), (12, other), (32, other)):

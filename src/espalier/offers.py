@@ -12,7 +12,10 @@ from pydantic import Field, model_validator
 
 from espalier import units
 from espalier.budget import flops, schedule
-from espalier.budget.hardware import Hardware
+from espalier.budget.hardware import USUAL_MFU, Hardware
+from espalier.budget.layouts import Arrangement
+from espalier.budget.observations import text_digest
+from espalier.budget.parallel import Links
 from espalier.budget.plan import BudgetRecipe
 from espalier.budget.scaling import FURTHEST, Law
 from espalier.budget.schedule import Schedule, Size
@@ -26,6 +29,9 @@ from espalier.story import shape
 
 ALONE = "that size from scratch"
 HERE = "here"
+# Of the peak, by products alone. FLM-101B's published speeds come to 0.50 to 0.56 once what was sent is taken off
+# (tests/budget/test_parallel.py), with kernels and overlap that few have.
+PRODUCTS = 0.4
 # Published decoders have 32 to 128 channels a layer, the small ones fewer.
 LEAST_ASPECT, MOST_ASPECT = 32, 128
 
@@ -35,7 +41,10 @@ class PlanRecipe(TrainingRecipe):
 
     budget       usd, hours, kwh, flops or tokens; of several the first one reached binds
     hardware     "here", or a key of the catalogue, `devices` of it
-    utilization  the share of the matmul peak that training reaches there; here it is measured
+    utilization  the share of the matmul peak that training reaches there in all, where it is known. If it isn't stated,
+                 products are taken to reach PRODUCTS of it, and what devices send each other comes on top; here both
+                 are measured
+    links        how fast devices send; if not stated, the row's link and layouts.BETWEEN_NODES
     law          a law's file, or a published one's name
     furthest     by which factor the range of the law may be left
     relearned    the share of its way that a model goes again after it has grown in depth: none by our record
@@ -48,7 +57,8 @@ class PlanRecipe(TrainingRecipe):
     data: DataRecipe = DataRecipe()
     hardware: str = HERE
     devices: int = Field(default=1, gt=0)
-    utilization: float = Field(default=0.4, gt=0, le=1)
+    utilization: float | None = Field(default=None, gt=0, le=1)
+    links: Links | None = None
     law: str = "hoffmann-2022"
     furthest: float = Field(default=FURTHEST, ge=1)
     relearned: float = Field(default=0.0, ge=0, le=1)
@@ -60,14 +70,23 @@ class PlanRecipe(TrainingRecipe):
             raise ValueError(f"devices={self.devices} of the machine at hand; name a row of the catalogue as hardware")
         return self
 
+    @property
+    def products(self) -> float:
+        """The share of the peak that products are taken to reach before any is timed."""
+        return self.utilization or (USUAL_MFU if self.hardware == HERE else PRODUCTS)
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A size that the model may have: its FLOPs and seconds a token, and the seconds of getting ready to train it."""
+    """A size that the model may have: its FLOPs and seconds a token, and the seconds of getting ready to train it.
+
+    arranged: how it is trained in the memory that there is
+    """
 
     spec: ModelSpec
     flops: float
     seconds: float
+    arranged: Arrangement
     ready: float = 0.0
 
     @property
@@ -99,6 +118,10 @@ class Prices:
     def of(self, candidate: Candidate, tokens: float) -> Cost:
         return self.rates.cost(tokens * candidate.seconds, tokens=tokens, flops=tokens * candidate.flops)
 
+    def tokens(self, flops: float, seconds: float) -> float:
+        """Tokens that the budget pays for, at so many FLOPs and seconds each."""
+        return self.usable / self.cap.share_spent(self.rates.cost(seconds, tokens=1.0, flops=flops))
+
     def size(self, candidate: Candidate) -> Size:
         """A candidate in shares of the cap."""
         ready = self.cap.share_spent(self.rates.cost(candidate.ready))
@@ -128,6 +151,10 @@ class Offer:
         layers = " → ".join(str(candidate.spec.num_hidden_layers) for candidate, _ in self.stages)
         return f"{layers} layers × {self.final.hidden_size}"
 
+    def layout(self) -> str:
+        """How the stages are laid out, in a few words."""
+        return " → ".join(candidate.arranged.short for candidate, _ in self.stages)
+
     def told(self) -> str:
         """The expected loss in words."""
         between = f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})" if self.interval else ""
@@ -142,15 +169,18 @@ def depth_of(hidden: int) -> int:
 def reasons(recipe: PlanRecipe, law: Law, row: Hardware, offers: Sequence[Offer], batch_tokens: int) -> Iterator[str]:
     """Why the plan is as it is, a sentence a line."""
     best = offers[0]
-    speeds = "measured" if recipe.hardware == HERE else f"estimated at {recipe.utilization:.0%} of its peak"
     machine = f"{row.name} x {recipe.devices}" if recipe.devices > 1 else row.name
+    time, money = units.duration(best.cost.seconds), units.money(best.cost.usd)
     yield (
-        f"{_budget(recipe)} on {machine} (speeds {speeds}) buys {units.duration(best.cost.seconds)} of training for "
-        f"{units.money(best.cost.usd)}; {recipe.budget.reserve:.0%} is kept back for evaluation and export."
+        f"{_budget(recipe)} on {machine} (speeds {_speeds(recipe)}) buys {time} of training for {money}; "
+        f"{recipe.budget.reserve:.0%} is kept back for evaluation and export."
     )
     reach = law.reach(best.stages[-1][0].parameters, best.cost.tokens)
     inside = "inside its range" if reach == 1 else f"{reach:.3g} x outside its range"
     yield f"By the law {recipe.law} the run is {inside}; it expects a loss of {best.told()}."
+    if law.about.data != text_digest(recipe.data.model_dump(mode="json")):
+        text = ", ".join(filter(None, (law.about.data, law.about.tokenizer))) or "it doesn't say which"
+        yield f"That law is of other text than this plan's ({text}): losses here may differ from what it expects."
     if len(best.stages) > 1:
         points, after = schedule.growth_points(best.schedule), best.stages[1:]
         steps = ", ".join(
@@ -166,9 +196,28 @@ def reasons(recipe: PlanRecipe, law: Law, row: Hardware, offers: Sequence[Offer]
     others = [offer for offer in offers if offer.name == "from scratch"]
     if others:
         yield f"The next best size from scratch, {shape(others[0].final)}, comes to {others[0].told()}."
+    yield from _layouts(best, modelled=recipe.devices > 1 and recipe.utilization is None)
     yield (
         f"Updates of {units.count(batch_tokens)} tokens suit {units.si(best.cost.flops, 'FLOP')} (arXiv 2401.02954)."
     )
+
+
+def _speeds(recipe: PlanRecipe) -> str:
+    """How they are known."""
+    if recipe.hardware == HERE:
+        return "measured"
+    if recipe.utilization or recipe.devices == 1:
+        return f"estimated at {recipe.products:.0%} of its peak"
+    return f"estimated: products at {recipe.products:.0%} of the peak, and what devices send"
+
+
+def _layouts(best: Offer, *, modelled: bool) -> Iterator[str]:
+    """How each stage is laid out and what it holds, and, if sending is `modelled`, what that leaves for products."""
+    for number, (candidate, _) in enumerate(best.stages, start=1):
+        one = candidate.arranged
+        busy = f"; products take {one.busy:.0%} of the time" if modelled else ""
+        memory = f"{units.si(one.bytes, 'B')} of a device's {units.si(one.room, 'B')}{busy}"
+        yield f"Stage {number} is laid out as {one}: {memory}."
 
 
 def _budget(recipe: PlanRecipe) -> str:
@@ -184,11 +233,14 @@ def tell(offers: Sequence[Offer]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "shape", "parameters", "tokens", "FLOPs", "time", "money", "loss", box=None, pad_edge=False)
+    columns = ("", "shape", "layout", "size", "tokens", "FLOPs", "time", "money", "loss")
+    table = Table(*columns, box=None, pad_edge=False)
+    table.columns[columns.index("money")].no_wrap = True
     for offer in offers:
         table.add_row(
             offer.name,
             offer.path(),
+            offer.layout(),
             units.count(offer.stages[-1][0].parameters),
             units.count(offer.cost.tokens),
             units.si(offer.cost.flops, "FLOP"),
@@ -207,7 +259,16 @@ def report(name: str, offers: Sequence[Offer]) -> Report:
         report.add(at, "expected loss", offer.loss, note="nats a token, by the law")
         for resource in ("tokens", "flops", "seconds", "usd", "kwh", "kgco2e"):
             report.add(at, resource, getattr(offer.cost, resource), note="estimated")
+        for number, (candidate, _) in enumerate(offer.stages, start=1):
+            _add_layout(report, f"{at}, stage {number}", candidate.arranged)
     return report
+
+
+def _add_layout(report: Report, at: str, one: Arrangement) -> None:
+    for axis in ("data", "tensor", "pipeline"):
+        report.add(at, f"{axis} ranks", getattr(one.layout, axis), note=str(one))
+    report.add(at, "micro-batch", one.update.micro_rows, note="rows")
+    report.add(at, "bytes a device", one.bytes, note=f"estimated; it has {units.si(one.room, 'B')}")
 
 
 def view(
@@ -247,6 +308,7 @@ def view(
                 tokens * candidate.flops,
                 tokens * candidate.seconds,
                 stage.loss,
+                str(candidate.arranged),
             )
             for number, ((candidate, tokens), stage) in enumerate(
                 zip(best.stages, best.schedule.stages, strict=True), start=1

@@ -114,7 +114,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage of the run: its model, what it alone spent, and the validation loss at its end."""
+    """A stage of the run: its model, what it alone spent, the validation loss at its end, how devices shared it."""
 
     name: str
     shape: str
@@ -123,6 +123,7 @@ class StageRow:
     flops: float
     seconds: float
     loss: float | None
+    layout: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ through both. On this machine the sizes that matter are timed; elsewhere speeds 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from espalier import files, page, planner, units
-from espalier.budget import flops, hardware, price, schedule
+from espalier.budget import flops, hardware, layouts, price, schedule
 from espalier.budget.hardware import Hardware
+from espalier.budget.layouts import Cluster, Work
 from espalier.budget.scaling import Law
 from espalier.budget.schedule import Schedule, Size
 from espalier.errors import BudgetError, RecipeError
@@ -47,15 +48,16 @@ BATCH_FACTOR, BATCH_EXPONENT = 0.2920, 0.3271
 @method(needs="a law of the loss for the data at hand", costs="seconds, and on this machine a few steps of some sizes")
 def plan(recipe: PlanRecipe, run: Run) -> Path:
     """Plan the run that makes the best model of a sum of money, hours or energy, and write its recipe."""
-    row = _row(recipe)
+    device = hardware.named(recipe.hardware, home=files.home())
+    row = device if recipe.hardware == HERE else device.part(recipe.devices)
     prices = _prices(recipe, row)
     law = Law.load(recipe.law)
-    candidates = _candidates(recipe, law, prices, row)
-    offers = (
-        _timed(recipe, law, candidates, prices, row)
-        if recipe.hardware == HERE
-        else _offers(recipe, law, candidates, prices)
-    )
+    cluster = layouts.cluster(device, recipe.devices, recipe.links, recipe.products)
+    candidates = _candidates(recipe, law, prices, cluster)
+    offers = _offers(recipe, law, candidates, prices)
+    if recipe.hardware == HERE:
+        _require_inside(recipe, law, offers[0])  # by estimated speeds, before time is spent on measuring them
+        offers = _timed(recipe, law, candidates, prices, row)
     best = offers[0]
     planned = _recipe(recipe, best, prices)
     _require_steps(best, planned)
@@ -68,12 +70,6 @@ def plan(recipe: PlanRecipe, run: Run) -> Path:
     report(run.name, offers).save(run.folder / RESULTS)
     page.save(view(run.name, recipe, row, law, prices, offers, why, text), run.folder / PAGE)
     return run.folder / PLANNED
-
-
-def _row(recipe: PlanRecipe) -> Hardware:
-    """The hardware that the plan is for."""
-    row = hardware.named(recipe.hardware, home=files.home())
-    return row if recipe.hardware == HERE else row.part(recipe.devices)
 
 
 def _prices(recipe: PlanRecipe, row: Hardware) -> Prices:
@@ -104,45 +100,107 @@ def _prices(recipe: PlanRecipe, row: Hardware) -> Prices:
     return prices
 
 
-def _candidates(recipe: PlanRecipe, law: Law, prices: Prices, row: Hardware) -> list[Candidate]:
-    """Sizes around the one that would be best from scratch, and those from which they may be stacked."""
-    speed = row.peak_flops[hardware.compute_dtype(row)] * _utilization(recipe)
-    every = [_candidate(recipe, heads * recipe.model.head_dim, None, speed) for heads in HEADS]
+def _candidates(recipe: PlanRecipe, law: Law, prices: Prices, cluster: Cluster) -> list[Candidate]:
+    """Sizes around the one that would be best from scratch, and those from which they may be stacked, that fit."""
+    stated = [_spec(recipe, heads * recipe.model.head_dim) for heads in HEADS]
+    _require_stated(recipe, stated)
+    tasks = [(spec, _work(recipe, spec, prices, cluster)) for spec in stated]
+    every = [one for spec, work in tasks if (one := _candidate(recipe, spec, cluster, work))]
+    _require_room(recipe, tasks, every, cluster)
     alone = [schedule.from_scratch(law.terms, [prices.size(one)], 0, prices.usable) for one in every]
     losses = [found.loss if found else math.inf for found in alone]
     around = recipe.parameters or every[int(np.argmin(losses))].parameters
     finals = [one for one in every if SMALLER * around <= one.parameters <= LARGER * around]
-    if not finals:
-        raise RecipeError(
-            "parameters",
-            found=units.count(around),
-            expected=f"{units.count(every[0].parameters)} to {units.count(every[-1].parameters)}, "
-            f"with heads of {recipe.model.head_dim}",
-            mend="Ask for such a size, or change model.head_dim.",
-        )
     starts = [
-        _candidate(recipe, one.spec.hidden_size, layers, speed)
+        start
         for one in finals
         for layers in sorted({max(round(share * one.spec.num_hidden_layers), FEWEST_LAYERS) for share in STARTS})
         if layers < one.spec.num_hidden_layers
+        if (start := _start(recipe, one, layers, prices, cluster))
     ]
     # Growth leads to later ones: by width, then by depth.
     return sorted(finals + starts, key=lambda one: (one.spec.hidden_size, one.spec.num_hidden_layers))
 
 
-def _utilization(recipe: PlanRecipe) -> float:
-    return hardware.USUAL_MFU if recipe.hardware == HERE else recipe.utilization
-
-
-def _candidate(recipe: PlanRecipe, hidden: int, layers: int | None, speed: float) -> Candidate:
+def _spec(recipe: PlanRecipe, hidden: int) -> ModelSpec:
     sizes = recipe.model.model_dump(exclude_none=True) | {
         "vocab_size": recipe.model.vocab_size or recipe.data.vocab_size,
         "hidden_size": hidden,
-        "num_hidden_layers": layers or depth_of(hidden),
+        "num_hidden_layers": depth_of(hidden),
     }
-    spec = recipe.parametrization.carried_by(ModelSpec.stated(sizes, where="model"))
-    each = flops.training_flops(spec, recipe.data.sequence_length)
-    return Candidate(spec, each, each / speed)
+    return recipe.parametrization.carried_by(ModelSpec.stated(sizes, where="model"))
+
+
+def _work(recipe: PlanRecipe, spec: ModelSpec, prices: Prices, cluster: Cluster) -> Work:
+    """The update that suits the budget, if it all goes into this size."""
+    length, train = recipe.data.sequence_length, recipe.train
+    each = flops.training_flops(spec, length)
+    batch = _batch_tokens(each * prices.tokens(each, each / cluster.speed), length, cluster.count)
+    return Work(
+        rows=batch // length,
+        sequence_length=length,
+        optimizer=recipe.optimizer.name,
+        micro_rows=range(1, train.per_device_train_batch_size + 1),
+        recompute=("layers",) if train.recompute == "layers" else ("none", "layers"),
+    )
+
+
+def _candidate(recipe: PlanRecipe, spec: ModelSpec, cluster: Cluster, work: Work) -> Candidate | None:
+    """A size in its best arrangement; None if it fits in none."""
+    arranged = layouts.best(spec, cluster, work)
+    if arranged is None:
+        return None
+    each = flops.training_flops(spec, work.sequence_length, arranged.update.recompute)
+    # A utilization that was stated is one of everything, what devices send included.
+    return Candidate(spec, each, each / cluster.speed if recipe.utilization else arranged.seconds_per_token, arranged)
+
+
+def _start(recipe: PlanRecipe, final: Candidate, layers: int, prices: Prices, cluster: Cluster) -> Candidate | None:
+    """A size that grows into a final one, with its micro-batch and recomputation: a run has one of each."""
+    work = _work(recipe, final.spec, prices, cluster).like(final.arranged)
+    return _candidate(recipe, final.spec.changed(num_hidden_layers=layers), cluster, work)
+
+
+def _require_stated(recipe: PlanRecipe, stated: Sequence[ModelSpec]) -> None:
+    """Refuse a size that is far from all that may be chosen."""
+    sizes, wanted = [flops.parameters(spec) for spec in stated], recipe.parameters
+    if wanted and not any(SMALLER * wanted <= size <= LARGER * wanted for size in sizes):
+        raise RecipeError(
+            "parameters",
+            found=units.count(wanted),
+            expected=f"{units.count(sizes[0])} to {units.count(sizes[-1])}, with heads of {recipe.model.head_dim}",
+            mend="Ask for such a size, or change model.head_dim.",
+        )
+
+
+def _require_room(
+    recipe: PlanRecipe, tasks: Sequence[tuple[ModelSpec, Work]], every: Sequence[Candidate], cluster: Cluster
+) -> None:
+    """Refuse what fits in no layout: the size that is asked for, or else even the smallest."""
+    wanted = recipe.parameters or flops.parameters(tasks[0][0])
+    spec, work = min(tasks, key=lambda task: _distance(flops.parameters(task[0]), wanted))
+    if any(recipe.parameters is None or one.spec == spec for one in every):
+        return
+    least = layouts.smallest(spec, cluster, work)
+    if least is None:
+        raise RecipeError(
+            "devices",
+            found=f"{cluster.count} for updates of {work.rows} rows, which suit the budget",
+            expected="as many as can share so few evenly",
+            mend="Lower devices, raise the budget, or ask for a larger model.",
+        )
+    devices = layouts.devices_for(spec, cluster, work)
+    raise RecipeError(
+        "parameters" if recipe.parameters else "hardware",
+        found=f"a model of {units.count(flops.parameters(spec))} parameters, of which each of {cluster.count} devices "
+        f"holds {units.si(least.bytes, 'B')} at the least ({least})",
+        expected=f"at most {units.si(least.room, 'B')}, what {cluster.device.name} has",
+        mend=f"Set devices={devices}." if devices else "Choose a smaller model, or devices with more memory.",
+    )
+
+
+def _distance(parameters: float, wanted: float) -> float:
+    return abs(math.log(parameters / wanted))
 
 
 def _wanted(recipe: PlanRecipe, candidates: Sequence[Candidate]) -> list[bool]:
@@ -150,7 +208,7 @@ def _wanted(recipe: PlanRecipe, candidates: Sequence[Candidate]) -> list[bool]:
     finals = [one.full for one in candidates]
     if recipe.parameters is None:
         return finals
-    distances = [abs(math.log(one.parameters / recipe.parameters)) for one in candidates]
+    distances = [_distance(one.parameters, recipe.parameters) for one in candidates]
     nearest = min(distance for distance, final in zip(distances, finals, strict=True) if final)
     return [final and distance == nearest for distance, final in zip(distances, finals, strict=True)]
 
@@ -208,20 +266,29 @@ def _timed(recipe: PlanRecipe, law: Law, candidates: Sequence[Candidate], prices
     """Offers of sizes that were all timed here; until one is, it is taken to be as fast as the nearest that was."""
     timed: dict[ModelSpec, Candidate] = {}
     while True:
-        offers = _offers(recipe, law, candidates, prices)
-        offered = {candidate.spec: candidate for offer in offers for candidate, _ in offer.stages}
-        new = [candidate for spec, candidate in offered.items() if spec not in timed]
-        if not new:
+        offers, before = _offers(recipe, law, candidates, prices), len(timed)
+        for offer in offers:
+            timed |= _timings(recipe, offer, prices, row, timed)
+        if len(timed) == before:
             return offers
-        some = _recipe(recipe, offers[0], prices)
-        step = some.rows * some.data.sequence_length
-        here = planner.Machine(row, prices.rates)
-        speeds = planner.speeds(some, here, [candidate.spec for candidate in new], offers[0].cost.seconds)
-        timed |= {
-            candidate.spec: replace(candidate, seconds=speed.seconds_per_token(step), ready=speed.ready)
-            for candidate, speed in zip(new, speeds, strict=True)
-        }
         candidates = [timed.get(candidate.spec) or _as_fast(candidate, timed.values()) for candidate in candidates]
+
+
+def _timings(
+    recipe: PlanRecipe, offer: Offer, prices: Prices, row: Hardware, timed: Mapping[ModelSpec, Candidate]
+) -> dict[ModelSpec, Candidate]:
+    """The sizes of an offer that aren't timed yet, timed as its recipe would train them."""
+    new = [candidate for candidate, _ in offer.stages if candidate.spec not in timed]
+    if not new:
+        return {}
+    some = _recipe(recipe, offer, prices)
+    step = some.rows * some.data.sequence_length
+    here = planner.Machine(row, prices.rates)
+    speeds = planner.speeds(some, here, [candidate.spec for candidate in new], offer.cost.seconds)
+    return {
+        candidate.spec: replace(candidate, seconds=speed.seconds_per_token(step), ready=speed.ready)
+        for candidate, speed in zip(new, speeds, strict=True)
+    }
 
 
 def _as_fast(candidate: Candidate, timed: Iterable[Candidate]) -> Candidate:
@@ -268,21 +335,26 @@ def _recipe(recipe: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
         for (candidate, _), share in zip(best.stages, shares, strict=True)
     ]
     kept = recipe.model_dump(
-        exclude={"hardware", "devices", "utilization", "law", "furthest", "relearned", "parameters"}
+        exclude={"hardware", "devices", "utilization", "links", "law", "furthest", "relearned", "parameters"}
     )
-    batch = _batch_tokens(best.cost.flops, recipe.data.sequence_length)
+    update, length = best.stages[-1][0].arranged.update, recipe.data.sequence_length
+    # Several devices are laid out for the rows of their update; on one they follow from what it was found to afford.
+    rows = update.rows if recipe.devices > 1 else _batch_tokens(best.cost.flops, length, 1) // length
     train = kept["train"] | {
-        "batch_tokens": batch,
-        "per_device_train_batch_size": min(
-            recipe.train.per_device_train_batch_size, batch // recipe.data.sequence_length
-        ),
+        "batch_tokens": rows * length,
+        "per_device_train_batch_size": min(update.micro_rows, rows),
+        "recompute": update.recompute,
     }
     low, high = best.interval or (None, None)
     expected = {"loss": best.loss, "low": low, "high": high}
     return PretrainRecipe.model_validate(kept | {"stages": stages, "train": train, "expected": expected})
 
 
-def _batch_tokens(training_flops: float, sequence_length: int) -> int:
-    """Tokens of an update that suit so many FLOPs, as a power of two of rows."""
+def _batch_tokens(training_flops: float, sequence_length: int, devices: int) -> int:
+    """Tokens of an update that suit so many FLOPs: a power of two of rows, or such a multiple of the devices' odd part.
+
+    So layouts with any number of data ranks that is a divisor of the devices share the rows evenly.
+    """
+    odd = devices // (devices & -devices)
     tokens = BATCH_FACTOR * training_flops**BATCH_EXPONENT
-    return sequence_length * 2 ** max(round(math.log2(tokens / sequence_length)), 0)
+    return sequence_length * odd * 2 ** max(round(math.log2(tokens / (sequence_length * odd))), 0)

@@ -1,5 +1,7 @@
 """Layouts: small cases worked out by hand, sums over the ranks, and a published run of 192 devices."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,6 +140,40 @@ def test_the_more_is_divided_the_less_a_rank_holds(layout, how):
     assert (
         parallel.rank_memory(spec, layout, again).activations <= base.activations * 1.3
     )  # of few layers it saves none
+
+
+@settings(deadline=None)
+@given(layouts, choices, st.booleans(), st.sampled_from([1, 2, 8]), st.sampled_from([4, 8, 16]))
+def test_the_fullest_rank_and_the_one_that_sends_most_are_those_of_all_stages(layout, how, tied, pipeline, layers):
+    spec, batch = small(tie_word_embeddings=tied, num_hidden_layers=layers), update(**how)
+    layout = layout.model_copy(update={"pipeline": min(pipeline, layers)})
+    stages = range(layout.pipeline)
+    held = [parallel.stage_memory(spec, layout, batch, stage).total for stage in stages]
+    moved = [sum(one.bytes for one in parallel._transfers(spec, layout, batch, stage)) for stage in stages]
+    assert parallel.rank_memory(spec, layout, batch).total == max(held)
+    assert sum(one.bytes for one in parallel.traffic(spec, layout, batch)) == max(moved)
+
+
+@settings(deadline=None)
+@given(layouts, choices, st.booleans(), st.sampled_from([1.0, 1e-3, 1e-6]))
+def test_an_update_takes_as_long_as_the_stage_that_sends_longest(layout, how, tied, slower):
+    """Not the one that sends most: its links may be the faster ones."""
+    spec, batch = small(tie_word_embeddings=tied), update(**how)
+    links = Links(within=4e7, between=4e7 * slower, per_node=4)
+    time = parallel.step_time(spec, layout, batch, A800, links)
+    for stage in range(layout.pipeline):
+        moves = parallel._transfers(spec, layout, batch, stage)
+        sent = sum(move.bytes / links.bandwidth(move.axis, layout) for move in moves)
+        assert time.total >= (time.compute + sent) * (1 - 1e-9)
+
+
+def test_a_rank_is_one_device_of_a_row():
+    """A GPU of those that a row counts, or a CPU with all its cores."""
+    spec, batch = small(), update()
+    for kind, count, share in (("cuda", 1, 1), ("cuda", 4, 4), ("cpu", 1, 1), ("cpu", 4, 1)):
+        row = dataclasses.replace(A800, kind=kind, count=count)
+        time = parallel.step_time(spec, Layout(), batch, row, LINKS)
+        assert time.compute == pytest.approx(share * seconds(spec, Layout(), batch).compute)
 
 
 def test_early_stages_hold_the_micro_batches_under_way():
@@ -310,3 +346,11 @@ def test_flm_s_tokens_a_day_are_half_to_two_thirds_of_what_peaks_and_links_allow
     spec, layout, batch, published = flm
     at_most = batch.rows * 2048 * 86_400 / seconds(spec, layout, batch).total / 1e9
     assert 0.5 < published / at_most < 0.67
+
+
+def test_flm_s_products_reached_half_of_the_peak_or_a_little_more(flm):
+    """What is left for them of the published time, once what was sent and waited for is taken off."""
+    spec, layout, batch, published = flm
+    tokens = batch.rows * 2048 * 86_400 / 1e9
+    slower, faster = (tokens / seconds(spec, layout, batch, efficiency=share).total for share in (0.49, 0.57))
+    assert slower < published < faster

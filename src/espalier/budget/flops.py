@@ -9,7 +9,7 @@ positions and softmax are left out (parameters of the norms are counted).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 from espalier.spec import ModelSpec
@@ -40,14 +40,15 @@ class Operator:
     used: int = 1
 
 
-def operators(spec: ModelSpec, sequence_length: int) -> list[Operator]:
+@lru_cache(maxsize=256)  # a comparison of layouts asks for the same ones again and again
+def operators(spec: ModelSpec, sequence_length: int) -> tuple[Operator, ...]:
     """The operators of a model in the order of the forward pass, on rows of `sequence_length` tokens."""
     hidden, layers = spec.hidden_size, spec.num_hidden_layers
     query, key_value = spec.query_size, spec.key_value_size
     bias = spec.attention_bias
     scores = 2 * sequence_length * query
     head = 0 if spec.tie_word_embeddings else spec.vocab_size * hidden
-    return [
+    return (
         Operator("embedding", 0, spec.vocab_size * hidden),
         _linear("q", hidden, query, layers, bias=bias),
         _linear("k", hidden, key_value, layers, bias=bias),
@@ -59,7 +60,7 @@ def operators(spec: ModelSpec, sequence_length: int) -> list[Operator]:
         Operator("norms", 0, 2 * hidden + _head_norms(spec), layers),
         Operator("final_norm", 0, hidden),
         Operator("lm_head", 2 * hidden * spec.vocab_size, head, inputs=hidden, outputs=spec.vocab_size),
-    ]
+    )
 
 
 def parameters(spec: ModelSpec) -> int:

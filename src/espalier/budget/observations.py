@@ -87,6 +87,11 @@ def read_runs(folder: Path) -> tuple[list[Observation], About]:
     )
 
 
+def text_digest(data: dict[str, Any]) -> str:
+    """What `About.data` says of a run's text: a digest of its recipe's `data`, as JSON holds it."""
+    return files.digest(data)[:16]
+
+
 def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """(line from 1, values) of every row."""
     try:
@@ -120,7 +125,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def _trained_on(run: Path) -> About:
     data = recipe.stored(run / RECIPE)["data"]
-    return About(data=files.digest(data)[:16], tokenizer=files.sha256(run / FINAL / "tokenizer.json")[:16])
+    return About(data=text_digest(data), tokenizer=files.sha256(run / FINAL / "tokenizer.json")[:16])
 
 
 def _require_same(first: Path, one: About, run: Path, other: About) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -106,7 +106,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        return sum(astuple(self))
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        return sum(vars(self).values())
 
 
 def require_fit(spec: ModelSpec, layout: Layout, update: Update) -> None:
@@ -155,7 +155,7 @@ def require_fit(spec: ModelSpec, layout: Layout, update: Update) -> None:
 def rank_memory(spec: ModelSpec, layout: Layout, update: Update) -> RankMemory:
     """The memory of the fullest rank, trained by AdamW."""
     require_fit(spec, layout, update)
-    stages = (stage_memory(spec, layout, update, stage) for stage in range(layout.pipeline))
+    stages = (stage_memory(spec, layout, update, stage) for stage in _unlike(layout))
     return max(stages, key=lambda memory: memory.total)
 
 
@@ -180,7 +180,7 @@ def stage_memory(spec: ModelSpec, layout: Layout, update: Update, stage: int) ->
 def traffic(spec: ModelSpec, layout: Layout, update: Update) -> list[Transfer]:
     """What a rank of the stage that sends most sends in one update."""
     require_fit(spec, layout, update)
-    stages = ([*_transfers(spec, layout, update, stage)] for stage in range(layout.pipeline))
+    stages = ([*_transfers(spec, layout, update, stage)] for stage in _unlike(layout))
     return max(stages, key=lambda transfers: sum(transfer.bytes for transfer in transfers))
 
 
@@ -204,14 +204,23 @@ def step_time(
     efficiency  the share of the hardware's peak that products reach; at 1 the time is one that can't be beaten
     overlap     the share of what data ranks send that hides behind products; nothing else is hidden
     """
-    batches = update.micro_batches(layout)
-    peak = efficiency * hardware.peak_flops[update.compute] / hardware.count
+    require_fit(spec, layout, update)
+    peak = efficiency * hardware.part(1).peak_flops[update.compute]
+    work = update.rows // layout.data * update.sequence_length * _slowest_stage(spec, layout, update)
+    compute = work / (layout.tensor * peak)
+    times = (_stage_time(spec, layout, update, links, overlap, compute, stage) for stage in _unlike(layout))
+    return max(times, key=lambda time: time.total)
+
+
+def _stage_time(
+    spec: ModelSpec, layout: Layout, update: Update, links: Links, overlap: float, compute: float, stage: int
+) -> StepTime:
+    """The update as it is for a stage whose products take `compute` seconds."""
     sent: dict[Axis, float] = dict.fromkeys(("tensor", "expert", "pipeline", "data"), 0.0)
-    for transfer in traffic(spec, layout, update):
+    for transfer in _transfers(spec, layout, update, stage):
         sent[transfer.axis] += transfer.bytes / links.bandwidth(transfer.axis, layout)
     sent["data"] *= 1 - overlap
-    compute = batches * update.tokens * _slowest_stage(spec, layout, update) / (layout.tensor * peak)
-    bubble = (compute + sent["tensor"] + sent["expert"]) * (layout.pipeline - 1) / batches
+    bubble = (compute + sent["tensor"] + sent["expert"]) * (layout.pipeline - 1) / update.micro_batches(layout)
     return StepTime(compute, **sent, bubble=bubble)
 
 
@@ -235,6 +244,11 @@ class _Held:
     def sharded(self, layout: Layout) -> int:
         """One data rank's part; an expert is shared by fewer of them."""
         return math.ceil(self.shared / layout.data) + math.ceil(self.experts * layout.expert / layout.data)
+
+
+def _unlike(layout: Layout) -> list[int]:
+    """The stages that differ: first and last, and the second for all between, none of which holds or sends more."""
+    return sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
 
 
 def _layer(spec: ModelSpec, layout: Layout) -> _Held:
