@@ -16,6 +16,7 @@ from espalier.budget.hardware import Hardware
 from espalier.budget.plan import BudgetRecipe
 from espalier.budget.scaling import FURTHEST, Law
 from espalier.budget.schedule import Schedule, Size
+from espalier.budget.sizes import depth_of
 from espalier.data.prepare import DataRecipe
 from espalier.grow.progressive import TrainingRecipe
 from espalier.ledger import Cap, Cost, Rates
@@ -26,8 +27,6 @@ from espalier.story import shape
 
 ALONE = "that size from scratch"
 HERE = "here"
-# Published decoders have 32 to 128 channels a layer, the small ones fewer.
-LEAST_ASPECT, MOST_ASPECT = 32, 128
 
 
 class PlanRecipe(TrainingRecipe):
@@ -129,11 +128,6 @@ class Offer:
         """The expected loss in words."""
         between = f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})" if self.interval else ""
         return f"{self.loss:.3f}{between}"
-
-
-def depth_of(hidden: int) -> int:
-    """Layers of a final model of this width."""
-    return max(round(hidden / min(max(hidden / LEAST_ASPECT, LEAST_ASPECT), MOST_ASPECT)), 2)
 
 
 def reasons(recipe: PlanRecipe, law: Law, row: Hardware, offers: Sequence[Offer], batch_tokens: int) -> Iterator[str]:
