@@ -1,4 +1,4 @@
-"""Sizes: the shapes that are chosen from when nobody states one. A width is so many heads; the depth follows from it."""
+"""Sizes: the shapes to choose from when nobody states one. A width is so many heads, and the depth follows from it."""
 
 from __future__ import annotations
 
