@@ -23,7 +23,8 @@ def tell(ways: Ways, same: Sequence[float | None]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", box=None, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column(min_width=7)  # the longest word of a mark
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in _written(ways, same):
