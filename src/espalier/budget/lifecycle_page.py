@@ -47,7 +47,6 @@ def render(
 
 def _view(name: str, ways: Ways, reasons: list[str], devices: int, recipe: str) -> View:
     chosen, candidate = ways.chosen, ways.chosen.candidate
-    busy = units.significant(candidate.served.busy)
     length = units.duration(chosen.training.seconds / devices)
     return View(
         title=name,
@@ -56,7 +55,7 @@ def _view(name: str, ways: Ways, reasons: list[str], devices: int, recipe: str) 
         headline=[
             Figure("Size", units.count(candidate.parameters), candidate.shape),
             Figure("Training", _amount(ways, chosen.training), f"{units.count(chosen.tokens)} tokens, {length}"),
-            Figure("Serving", _amount(ways, chosen.serving), f"{busy} devices busy on average"),
+            Figure("Serving", _amount(ways, chosen.serving), f"{_busy(chosen)} devices busy on average"),
             Figure("Saved", units.amount(ways.saved, ways.resource), "against the size chosen without serving"),
         ],
         notes=reasons,
@@ -65,16 +64,18 @@ def _view(name: str, ways: Ways, reasons: list[str], devices: int, recipe: str) 
 
 
 def _shown(ways: Ways) -> list[Way]:
+    """The sizes in question."""
     most = SHOWN * ways.of(ways.chosen.cost)
     return [way for way in ways.all if ways.of(way.cost) <= most or way == ways.alone]
 
 
 def _written(ways: Ways, same: Sequence[float | None]) -> list[dict[str, Any]]:
     """The sizes in question as texts for people, marked if they are chosen."""
-    losses = dict(zip((way.candidate.shape for way in ways.all), same, strict=True))
+    shown = _shown(ways)
     return [
-        {"mark": _mark(ways, way), "cells": list(_cells(ways, way, losses[way.candidate.shape]))}
-        for way in _shown(ways)
+        {"mark": _mark(ways, way), "cells": list(_cells(ways, way, loss))}
+        for way, loss in zip(ways.all, same, strict=True)
+        if way in shown
     ]
 
 
@@ -85,8 +86,14 @@ def _cells(ways: Ways, way: Way, same: float | None) -> Iterator[str]:
     yield units.count(way.tokens)
     for cost in (way.training, way.serving, way.cost):
         yield _amount(ways, cost)
-    yield units.significant(way.candidate.served.busy)
+    yield _busy(way)
     yield "–" if same is None else f"{same:.4f}"
+
+
+def _busy(way: Way) -> str:
+    """Devices at work on average."""
+    busy = way.candidate.served.busy
+    return units.significant(busy) if busy >= 0.01 or not busy else "<0.01"
 
 
 def _mark(ways: Ways, way: Way) -> str:
