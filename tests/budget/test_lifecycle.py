@@ -6,6 +6,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
+from espalier import units
 from espalier.budget.lifecycle import LifecycleRecipe, lifecycle
 from espalier.budget.lifecycle_page import SHOWN
 from espalier.budget.scaling import Law
@@ -111,9 +112,14 @@ def test_sizes_that_the_devices_do_not_hold_are_left_out_and_it_is_said(carry_ou
     assert max(row.value for row in more.rows if row.metric == "parameters") > 3 * max(sizes)
 
 
-@pytest.mark.parametrize("resource", ["usd", "kwh", "kgco2e", "flops"])
-def test_the_page_is_whole_and_loads_nothing(carry_out, resource):
-    report, text, _ = carry_out(told(resource=resource))
+@pytest.mark.parametrize(
+    ("resource", "title", "unit"),
+    [("usd", "Money", r"\$"), ("kwh", "Energy", "Wh"), ("kgco2e", "Carbon", "gCO₂e"), ("flops", "Compute", "FLOP")],
+)
+def test_the_page_is_whole_and_loads_nothing(carry_out, resource, title, unit):
+    report, text, _ = carry_out(told(queries=5e6, resource=resource, devices=64))
+    seconds = report.value(report.context["chosen"], "training seconds")
+    assert units.duration(seconds / 64) in text, "how long 64 devices take"
     assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org)", text)
     assert "drawLifecycle" in text and "drawLoss" not in text, "only the drawing that the page shows"
     chart = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["lifecycle"]
@@ -124,9 +130,17 @@ def test_the_page_is_whole_and_loads_nothing(carry_out, resource):
         assert total == pytest.approx(report.value(bar["told"][0], f"total {resource}"))
         assert total <= chart["y"]["high"]
         assert total <= SHOWN * min(totals) or "without serving" in bar["mark"]
-    assert chart["title"] in text and len(totals) >= 3
+        assert all(re.search(unit, line) for line in bar["told"][1:])
+    assert chart["title"] == title and len(totals) >= 3
     for name in ("32 × 2048", "chosen", "Whether the training devices"):
         assert name in text
+
+
+def test_the_size_without_serving_is_shown_however_dear_it_is(carry_out):
+    report, text, _ = carry_out(told(queries=1e9, loss=2.4, furthest=1e9))
+    chosen, alone = (report.value(report.context[key], "total usd") for key in ("chosen", "without_serving"))
+    assert alone > SHOWN * chosen
+    assert "without serving</td>" in text and '"mark":"without serving"' in text
 
 
 def saved_law(path, **more) -> str:

@@ -87,6 +87,7 @@ def test_serving_only_ever_makes_the_choice_smaller_and_the_choice_is_the_cheape
     ways = by_loss(10**queries, loss)
     assert size(ways) <= ways.alone.candidate.parameters
     assert ways.saved >= 0
+    assert ways.chosen in (ways.alone, ways.rival)
     assert all(way.cost.usd >= ways.chosen.cost.usd for way in ways.all)
     assert all(way.cost == way.training + way.serving for way in ways.all)
     for way in ways.all:
