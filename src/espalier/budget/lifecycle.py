@@ -14,14 +14,14 @@ from pydantic import Field, model_validator
 
 from espalier import files, units
 from espalier.budget import flops, hardware, lifecycle_page, price
-from espalier.budget.hardware import USUAL_MFU
+from espalier.budget.hardware import USUAL_MFU, Hardware
 from espalier.budget.observations import Positive
 from espalier.budget.scaling import FURTHEST, Law, Prediction
 from espalier.budget.serving import ServingRecipe, served
 from espalier.budget.sizes import HEADS, depth_of
 from espalier.budget.ways import Candidate, Resource, Way, Ways, lowest_loss, ways_to
 from espalier.errors import BudgetError, RecipeError, ResourceError
-from espalier.ledger import RESOURCES
+from espalier.ledger import RESOURCES, Cost
 from espalier.method import method
 from espalier.recipe import Recipe, dump
 from espalier.report import Report
@@ -85,31 +85,44 @@ def lifecycle(recipe: LifecycleRecipe, run: Run) -> Path:
 
 def _candidates(recipe: LifecycleRecipe) -> list[Candidate]:
     """The sizes that the serving devices hold, the smallest first."""
-    home = files.home()
-    trains, serves = (hardware.named(key, home=home).part(1) for key in (recipe.hardware, recipe.serving.hardware))
-    speed = trains.peak_flops[hardware.compute_dtype(trains)] * recipe.utilization
+    trains, serves = (
+        hardware.named(key, home=files.home()).part(1) for key in (recipe.hardware, recipe.serving.hardware)
+    )
+    _require_used(recipe.resource, trains)
     candidates: list[Candidate] = []
-    for heads in HEADS:
-        hidden = heads * recipe.head_dim
-        sizes = recipe.model_dump(include={"vocab_size", "head_dim"})
-        sizes |= {"hidden_size": hidden, "num_hidden_layers": depth_of(hidden)}
-        spec = ModelSpec.stated(sizes, where="head_dim")
-        each = flops.training_flops(spec, recipe.sequence_length)
-        token = price.rates(trains).cost(each / speed, flops=each, tokens=1.0)
-        if not getattr(token, recipe.resource):
-            raise RecipeError(
-                "resource",
-                found=f"{recipe.resource}, of which {trains.name} takes none",
-                expected="one that training uses up",
-                mend=f"Choose another, or state what {trains.name} takes in {home / hardware.OWN}.",
-            )
+    for spec in _specs(recipe):
         try:
-            candidates.append(Candidate(spec, token, served(spec, recipe.serving, serves)))
+            candidates.append(Candidate(spec, _token(spec, recipe, trains), served(spec, recipe.serving, serves)))
         except ResourceError:  # nor do they hold any that comes after
             if not candidates:
                 raise
             break
     return candidates
+
+
+def _specs(recipe: LifecycleRecipe) -> Iterator[ModelSpec]:
+    sizes = recipe.model_dump(include={"vocab_size", "head_dim"})
+    for hidden in (heads * recipe.head_dim for heads in HEADS):
+        shape = {"hidden_size": hidden, "num_hidden_layers": depth_of(hidden)}
+        yield ModelSpec.stated(sizes | shape, where="head_dim")
+
+
+def _token(spec: ModelSpec, recipe: LifecycleRecipe, trains: Hardware) -> Cost:
+    """Training on one: `seconds` are device-seconds, however many devices share them."""
+    each = flops.training_flops(spec, recipe.sequence_length)
+    speed = trains.peak_flops[hardware.compute_dtype(trains)] * recipe.utilization
+    return price.rates(trains).cost(each / speed, flops=each, tokens=1.0)
+
+
+def _require_used(resource: Resource, trains: Hardware) -> None:
+    """Refuse to count what training takes none of."""
+    if not getattr(price.rates(trains).cost(1.0, flops=1.0), resource):
+        raise RecipeError(
+            "resource",
+            found=f"{resource}, of which {trains.name} takes none",
+            expected="one that training uses up",
+            mend=f"Choose another, or state what {trains.name} takes in {files.home() / hardware.OWN}.",
+        )
 
 
 def _ways(recipe: LifecycleRecipe, law: Law, candidates: Sequence[Candidate]) -> Ways:
