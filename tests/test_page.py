@@ -491,17 +491,17 @@ positive = st.floats(1e-9, 1e27)
 @given(positive, positive, st.sampled_from(["flops", "tokens", "usd", "seconds"]))
 def test_ticks_lie_on_their_axis_in_order_and_are_few(one, other, unit):
     low, high = min(one, other), max(one, other)
-    for axis in (page._linear(0, high, unit), page.log_axis(low, high, unit)):
+    for axis in (page.linear_axis(0, high, unit), page.log_axis(low, high, unit)):
         ticks = [at for at, _ in axis["ticks"]]
         assert axis["low"] < axis["high"]
         assert all(axis["low"] <= at <= axis["high"] for at in ticks)
         assert ticks == sorted(set(ticks))
-    assert 2 <= len(page._linear(0, high, unit)["ticks"]) <= page.MOST_TICKS + 1
+    assert 2 <= len(page.linear_axis(0, high, unit)["ticks"]) <= page.MOST_TICKS + 1
 
 
 @given(st.floats(100, 1e15), st.sampled_from(["flops", "tokens", "usd", "seconds", "parameters"]))
 def test_no_two_ticks_of_a_linear_axis_read_the_same(high, unit):
-    texts = [text for _, text in page._linear(0, high, unit)["ticks"]]
+    texts = [text for _, text in page.linear_axis(0, high, unit)["ticks"]]
     assert len(set(texts)) == len(texts)
 
 
@@ -513,7 +513,7 @@ def test_the_loss_axis_holds_every_loss_with_room(losses):
 
 @given(st.floats(8, 1e7))
 def test_time_is_cut_as_a_clock_is(seconds):
-    first, second = (at for at, _ in page._linear(0, seconds, "seconds")["ticks"][:2])
+    first, second = (at for at, _ in page.linear_axis(0, seconds, "seconds")["ticks"][:2])
     assert second - first in page.CLOCK or (second - first) % 86_400 == 0
 
 

@@ -16,7 +16,7 @@ from espalier.budget.observations import About, text_digest
 from espalier.budget.scaling import Law, Span
 from espalier.errors import BudgetError, RecipeError
 from espalier.ladder import LadderRecipe
-from espalier.offers import ALONE, PRODUCTS, Candidate, PlanRecipe, depth_of
+from espalier.offers import ALONE, PRODUCTS, Candidate, PlanRecipe
 from espalier.pipeline import PretrainRecipe
 from espalier.run import PAGE, RECIPE, Run
 from espalier.spec import ModelSpec
@@ -328,8 +328,3 @@ def test_a_size_that_was_not_timed_is_as_fast_as_the_nearest_that_was():
         found = propose._as_fast(candidate(layers, 1.0), [one, other])
         assert found.flops / found.seconds == pytest.approx(nearest.flops / nearest.seconds)
         assert found.ready == nearest.ready
-
-
-def test_depths_are_those_of_published_models():
-    assert [depth_of(width) for width in (4096, 8192, 10_240, 12_288)] == [32, 64, 80, 96]
-    assert all(4 <= depth_of(width) <= 40 for width in (128, 256, 512, 1024, 2048))

@@ -101,6 +101,8 @@ VALUES = {
     "budget": {"usd": 1e-5},
     "reference": "off",
     "benchmark": "1:30",
+    "queries_per_day": 1e-5,
+    "serving": {"queries_per_day": 1e6},
     "reference_tokens": 1e9,
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
@@ -110,6 +112,7 @@ BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "Identi
     "LadderRecipe": {"run": {"stages": [{"duration": "100%"}]}, "tokens": ["20x", "3M tokens"]},
     "DensityRecipe": {"score": 0.5},
     "QueriesRecipe": {"tokens": "1e5"},
+    "LifecycleRecipe": {"budget": 1e5},
 }
 
 

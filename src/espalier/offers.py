@@ -19,6 +19,7 @@ from espalier.budget.parallel import Links
 from espalier.budget.plan import BudgetRecipe
 from espalier.budget.scaling import FURTHEST, Law
 from espalier.budget.schedule import Schedule, Size
+from espalier.budget.sizes import depth_of
 from espalier.data.prepare import DataRecipe
 from espalier.grow.progressive import TrainingRecipe
 from espalier.ledger import Cap, Cost, Rates
@@ -32,8 +33,6 @@ HERE = "here"
 # Of the peak, by products alone. FLM-101B's published speeds come to 0.50 to 0.56 once what was sent is taken off
 # (tests/budget/test_parallel.py), with kernels and overlap that few have.
 PRODUCTS = 0.4
-# Published decoders have 32 to 128 channels a layer, the small ones fewer.
-LEAST_ASPECT, MOST_ASPECT = 32, 128
 
 
 class PlanRecipe(TrainingRecipe):
@@ -159,11 +158,6 @@ class Offer:
         """The expected loss in words."""
         between = f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})" if self.interval else ""
         return f"{self.loss:.3f}{between}"
-
-
-def depth_of(hidden: int) -> int:
-    """Layers of a final model of this width."""
-    return max(round(hidden / min(max(hidden / LEAST_ASPECT, LEAST_ASPECT), MOST_ASPECT)), 2)
 
 
 def reasons(recipe: PlanRecipe, law: Law, row: Hardware, offers: Sequence[Offer], batch_tokens: int) -> Iterator[str]:

@@ -314,7 +314,7 @@ def _loss_chart(view: View) -> dict[str, Any] | None:
         positive = [value for value in (getattr(point, name) for point in spent) if value]
         if positive:
             low, high = min(positive), max(positive)
-            axes[name] = {"title": title, "linear": _linear(0, high, name), "log": log_axis(low, high, name)}
+            axes[name] = {"title": title, "linear": linear_axis(0, high, name), "log": log_axis(low, high, name)}
     if not points or not axes:
         return None
     around = [loss for point in view.growth for loss in (point.loss_before, point.loss_after)]
@@ -407,7 +407,7 @@ def _difference_chart(view: View) -> dict[str, Any] | None:
     ]
     low, high = min(0.0, *(low for low, _ in spans)), max(0.0, *(high for _, high in spans))
     room = 0.002 + 0.05 * (high - low)
-    axis = _linear(low - room, high + room, "")
+    axis = linear_axis(low - room, high + room, "")
     return {
         "x": {**axis, "ticks": [(at, _minus(text)) for at, text in axis["ticks"]]},
         "arms": [
@@ -464,8 +464,8 @@ def _schedule_chart(view: View) -> dict[str, Any] | None:
     parameters = max(stage.parameters for stage in view.stages)
     most_tokens = max(tokens, scratch.tokens) if scratch else tokens
     return {
-        "x": _linear(0, most_tokens, "tokens"),
-        "y": _linear(0, 1.12 * parameters, "parameters"),
+        "x": linear_axis(0, most_tokens, "tokens"),
+        "y": linear_axis(0, 1.12 * parameters, "parameters"),
         "stages": [
             {
                 "name": stage.name,
@@ -531,10 +531,11 @@ def _spent(point: Point | GrowthPoint) -> list[str]:
 def _loss_axis(losses: list[float]) -> dict[str, Any]:
     low, high = min(losses), max(losses)
     room = 0.05 + 0.05 * (high - low)
-    return _linear(max(0.0, low - room), high + room, "")
+    return linear_axis(max(0.0, low - room), high + room, "")
 
 
-def _linear(low: float, high: float, unit: str) -> dict[str, Any]:
+def linear_axis(low: float, high: float, unit: str) -> dict[str, Any]:
+    """An axis from one value to another, ticked by round steps; on a clock's for seconds."""
     return {"low": low, "high": high, "log": False, "ticks": _written(_multiples(low, high, unit), unit)}
 
 

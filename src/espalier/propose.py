@@ -19,18 +19,17 @@ from espalier.budget.hardware import Hardware
 from espalier.budget.layouts import Cluster, Work
 from espalier.budget.scaling import Law
 from espalier.budget.schedule import Schedule, Size
+from espalier.budget.sizes import HEADS, depth_of
 from espalier.errors import BudgetError, RecipeError
 from espalier.ledger import Cap, Cost
 from espalier.method import method
-from espalier.offers import ALONE, HERE, Candidate, Offer, PlanRecipe, Prices, depth_of, reasons, report, tell, view
+from espalier.offers import ALONE, HERE, Candidate, Offer, PlanRecipe, Prices, reasons, report, tell, view
 from espalier.pipeline import PretrainRecipe
 from espalier.recipe import dump
 from espalier.run import PAGE, RESULTS, Run
 from espalier.spec import ModelSpec
 
 PLANNED = "planned.yaml"
-# Widths to choose from, in heads; layers follow from the width.
-HEADS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 # Shares of the final layers from which a model is stacked, and the fewest: one layer alone can't copy from what it has
 # read, and no law of size holds for it (bench/2026-11-24-plan-ten-minutes).
 STARTS = (1 / 8, 1 / 4, 1 / 2)

@@ -11,4 +11,5 @@ METHODS = {
     "profile": "espalier.infer.profile:profile",
     "queries": "verbs:queries",
     "finetune": "finetune:finetune",
+    "lifecycle": "lifecycle:lifecycle",
 }

@@ -188,7 +188,7 @@ class Law(Recipe):
 
     def tokens_for(self, loss: float, parameters: float, *, furthest: float = FURTHEST) -> float:
         """The tokens on which a model of so many parameters comes to a loss."""
-        self._require_data_term()
+        self.require_data_term()
         found = float(self.terms.tokens_for(loss, parameters))
         self._require_reachable(found, loss, float(self.terms.loss(parameters, np.inf)))
         self._require_near(self.reach(parameters, found), furthest)
@@ -203,7 +203,7 @@ class Law(Recipe):
         """
         from scipy.optimize import minimize_scalar
 
-        self._require_data_term()
+        self.require_data_term()
         bought = lambda parameters: flops / per_token(parameters)  # noqa: E731
         least, most = np.log([1.0, flops])  # from one parameter to so many that no token can be afforded
         loss = lambda size: self.terms.loss(np.exp(size), bought(np.exp(size)))  # noqa: E731
@@ -234,7 +234,8 @@ class Law(Recipe):
             )
         return self.tokens.high if stated is None else stated
 
-    def _require_data_term(self) -> None:
+    def require_data_term(self) -> None:
+        """Refuse a law of size alone where tokens are asked for."""
         if self.form == "size":
             raise RecipeError(
                 "law",
