@@ -32,7 +32,7 @@ def cli(capsys, monkeypatch, tmp_path):
 def test_help_names_every_command(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    for command in ("run", "demo", "runs", "show", "report", "methods", "schema", "env", *VERBS):
+    for command in ("run", "demo", "launch", "runs", "show", "report", "methods", "schema", "env", *VERBS):
         assert command in out
         assert cli(command, "--help")[0] == 0
 
