@@ -238,7 +238,7 @@ def skypilot(
         "job_recovery": {"recover_on_exit_codes": [errors.EXIT_TERMINATED]},
     }
     task: dict[str, Any] = {
-        "name": job.recipe.name,
+        "name": re.sub(r"[._-]+", "-", job.recipe.name).strip("-"),
         "workdir": str(workdir.resolve()) if workdir else None,
         "resources": _without_none(resources),
         "envs": {"PYTHONUNBUFFERED": "1"},
