@@ -1,8 +1,8 @@
 """Launch: a recipe as a job of somebody else's machines: a batch script for Slurm, a task for SkyPilot.
 
-Both keep the run folder where the next attempt finds it and go on after an interruption from the newest checkpoint;
-a budget that was spent is the end of a run that left its model, and no failure. A job's fixed settings are written
-beside it as `NAME.recipe.yaml`, so that editing the recipe doesn't change a run that is under way.
+Both keep the run folder where the next attempt finds it and goes on from the newest checkpoint; a spent budget is the
+end of a run that left its model, and no failure. The resolved recipe lies beside the job as `NAME.recipe.yaml`, so
+that editing the first one changes nothing that is under way.
 """
 
 from __future__ import annotations
@@ -92,16 +92,11 @@ class Job:
     ) -> Job:
         """Price a recipe on a row of the catalogue; what can't be trained there is refused.
 
-        Of a CPU's row there are as many as `cpus` ask for. BudgetError when a stage doesn't fit the memory, or when
-        neither the budget nor the stages say how long the run may take.
+        BudgetError when a stage doesn't fit the memory, or when neither the budget nor the stages say how long the
+        run may take.
         """
         _require_one(devices, nodes)
-        row = hardware.named(key, home=files.home())
-        if row.kind == "cpu":
-            row = row.part(math.ceil((cpus or row.count) / row.count))
-            row = replace(row, memory_bytes=round(memory * 1e9)) if memory else row
-        else:
-            row = row.part(devices)
+        row = _machine(hardware.named(key, home=files.home()), cpus, memory)
         machine = planner.at_prices(resolved, row)
         planner.require_memory(resolved, row)
         estimated = planner.estimate(resolved, machine).total.seconds
@@ -138,6 +133,14 @@ class Job:
     def recipe_file(self, folder: Path) -> Path:
         """Where the job finds the resolved recipe."""
         return folder / f"{self.recipe.name}.recipe.yaml"
+
+
+def _machine(row: Hardware, cpus: int | None, memory: int | None) -> Hardware:
+    """One GPU of a row; of a CPU's row as many as there are to be cores, with the memory that is stated."""
+    if row.kind == "cuda":
+        return row.part(1)
+    row = row.part(math.ceil((cpus or row.count) / row.count))
+    return replace(row, memory_bytes=round(memory * 1e9)) if memory else row
 
 
 def slurm(
