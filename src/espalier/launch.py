@@ -278,14 +278,25 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _time_limit(job: Job, hours: float | None, margin: float, notice: int, restarts: int) -> str:
-    """Slurm's D-HH:MM:SS, whole minutes; refuses one in which the run can't be done."""
-    seconds = hours * 3600 if hours else job.seconds * (1 + margin) + notice + EARLY
+    """Slurm's D-HH:MM:SS, whole minutes: the hours that are stated, or what the run needs."""
+    if hours is None:
+        seconds = job.seconds * (1 + margin) + notice + EARLY
+    else:
+        seconds = hours * 3600
+        _require_enough(job, seconds, notice, restarts)
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00"
+
+
+def _require_enough(job: Job, seconds: float, notice: int, restarts: int) -> None:
+    """Refuse attempts of so many seconds in which the run can't be done."""
     usable = seconds - notice - EARLY
     if usable <= 0:
         raise BudgetError(
             "--hours",
-            found=f"a time limit of {units.duration(seconds)}, which ends {units.duration(notice + EARLY)} early",
-            expected="time to train before the run is told to save",
+            found=f"a time limit of {units.duration(seconds)}, at most {units.duration(notice + EARLY)} before which "
+            "the run is told to save",
+            expected="time to train before that",
             mend="Raise --hours or lower --notice.",
         )
     attempts = math.ceil(job.seconds / usable)
@@ -296,8 +307,6 @@ def _time_limit(job: Job, hours: float | None, margin: float, notice: int, resta
             expected=f"at most {restarts + 1:,}, the first and its restarts",
             mend=f"Raise --hours, set --restarts {attempts - 1}, or lower the budget.",
         )
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00"
 
 
 def _directive(name: str, value: object) -> str:
