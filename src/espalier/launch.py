@@ -324,8 +324,8 @@ def _directive(name: str, value: object) -> str:
 def _require_one(devices: int, nodes: int) -> None:
     if (devices, nodes) != (1, 1):
         raise RecipeError(
-            "--nodes" if nodes != 1 else "--devices",
-            found=f"{nodes} nodes with {devices} devices each",
+            "devices",
+            found=f"--nodes {nodes} --devices {devices}",
             expected="one device: training on several processes isn't there yet",
             mend="Leave --devices and --nodes out, and plan with devices=1.",
         )
