@@ -20,7 +20,7 @@ FLOORS = (
     {"serve", "agents"},
     {"planner", "story"},
     {"pipeline"},
-    {"trials", "offers"},
+    {"trials", "offers", "launch"},
     {"compare", "ladder", "propose"},
     {"cli"},
     {"__main__"},

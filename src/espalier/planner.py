@@ -107,7 +107,15 @@ class Settled:
 
 def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
     """The machine at hand at the recipe's prices; a run, if given, is charged at them from now on."""
-    row = hardware.here(home=files.home())
+    here = at_prices(recipe, hardware.here(home=files.home()))
+    if run:
+        meter = price.best_meter(here.hardware)
+        run.price(here.rates, (lambda: recipe.budget.pue * meter.read_kwh()) if meter.measured else None)
+    return here
+
+
+def at_prices(recipe: PlannedRecipe, row: hardware.Hardware) -> Machine:
+    """A hardware row at the recipe's prices."""
     budget = recipe.budget
     rates = price.rates(
         row,
@@ -116,9 +124,6 @@ def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
         watts=budget.watts,
         kgco2e_per_kwh=budget.kgco2e_per_kwh,
     )
-    if run:
-        meter = price.best_meter(row)
-        run.price(rates, (lambda: budget.pue * meter.read_kwh()) if meter.measured else None)
     return Machine(row, rates)
 
 
@@ -176,6 +181,11 @@ def require_memory(recipe: PlannedRecipe, row: hardware.Hardware) -> None:
     )
 
 
+def most_memory(recipe: PlannedRecipe) -> int:
+    """Bytes that the largest stage holds at its most."""
+    return max(_memory(recipe, recipe.specs(), recipe.micro_rows, recipe.train.recompute))
+
+
 def _mend(recipe: PlannedRecipe, recompute: memory.Recompute, at_hand: int) -> str:
     """The settings by which passes with this recomputation fit; "" if there are none."""
     specs = recipe.specs()
@@ -209,14 +219,10 @@ def _memory(recipe: PlannedRecipe, specs: Sequence[ModelSpec], rows: int, recomp
 
 
 def priced(recipe: PlannedRecipe) -> str:
-    """What a recipe would take, from the hardware's peak alone."""
+    """What a recipe would take here, from the hardware's peak alone."""
     here = machine(recipe)
-    length = recipe.data.sequence_length
-    speed = here.hardware.peak_flops[hardware.compute_dtype(here.hardware)] * hardware.USUAL_MFU
-    again = recipe.train.recompute
-    per_token = [flops.training_flops(spec, length, again) / speed for spec in recipe.specs()]
-    estimate = _plan(recipe, here.rates, per_token, "estimated")
-    total, scratch = estimate.total, estimate.from_scratch
+    estimated = estimate(recipe, here)
+    total, scratch = estimated.total, estimated.from_scratch
     return (
         f"training on {here.hardware.name}, estimated: {units.count(total.tokens)} tokens, "
         f"{units.si(total.flops, 'FLOP')}, {units.duration(total.seconds)}, {units.money(total.usd)}, "
@@ -224,6 +230,14 @@ def priced(recipe: PlannedRecipe) -> str:
         f"from scratch at the final size: {units.si(scratch.flops, 'FLOP')}, {units.duration(scratch.seconds)}, "
         f"{units.money(scratch.usd)}"
     )
+
+
+def estimate(recipe: PlannedRecipe, machine: Machine) -> Plan:
+    """The plan of a recipe on a machine whose speed nobody measured: its peak, used as training usually does."""
+    row, again = machine.hardware, recipe.train.recompute
+    speed = row.peak_flops[hardware.compute_dtype(row)] * hardware.USUAL_MFU
+    per_token = [flops.training_flops(spec, recipe.data.sequence_length, again) / speed for spec in recipe.specs()]
+    return _plan(recipe, machine.rates, per_token, "estimated")
 
 
 def _plan(

@@ -32,7 +32,7 @@ def cli(capsys, monkeypatch, tmp_path):
 def test_help_names_every_command(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    for command in ("run", "demo", "runs", "show", "report", "methods", "schema", "env", *VERBS):
+    for command in ("run", "demo", "launch", "runs", "show", "report", "methods", "schema", "env", *VERBS):
         assert command in out
         assert cli(command, "--help")[0] == 0
 
@@ -90,6 +90,55 @@ def test_the_demo_s_recipe_is_sound(cli, shared_home, monkeypatch):
     monkeypatch.setenv("ESPALIER_HOME", str(shared_home))
     code, out, _ = cli("demo", "--dry-run")
     assert code == 0 and "training on a machine for tests" in out
+
+
+SKY = ("--storage", "s3://runs", "--setup", "pip install espalier")
+
+
+@pytest.mark.parametrize(
+    "scheduler, more, name, command",
+    [("slurm", (), "second.sbatch", "sbatch"), ("skypilot", SKY, "second.sky.yaml", "sky jobs launch")],
+)
+def test_a_launch_writes_a_job_with_its_recipe_and_says_how_to_start_it(
+    cli, recipe_file, tmp_path, scheduler, more, name, command
+):
+    overrides = ("name=second", "data.sources=stdlib", "budget.usd=5")
+    arguments = ("launch", scheduler, recipe_file, *overrides, "--hardware", "h100-80g", *more, "--out", "my jobs")
+    code, out, err = cli(*arguments)
+    assert code == 0, err
+    told, path, start = out.splitlines()
+    assert told == "second on NVIDIA H100 80GB HBM3: 2 h and $5.00 at most, by its budget"
+    assert path == f"my jobs/{name}" and start == f"Start it with: {command} 'my jobs/{name}'"
+    kept = tmp_path / "my jobs" / "second.recipe.yaml"
+    assert recipe.load(PretrainRecipe, kept) == recipe.load(PretrainRecipe, recipe_file, list(overrides))
+    assert str(kept) in (tmp_path / path).read_text()
+    # Slurm opens its log in the folder of the runs, and makes none.
+    assert (tmp_path / "runs").is_dir() == (scheduler == "slurm")
+    assert not any(tmp_path.glob("runs/*"))
+
+
+def test_slurm_calls_the_espalier_that_wrote_the_script(cli, recipe_file, tmp_path):
+    assert cli("launch", "slurm", recipe_file, "--hardware", "t4")[0] == 0
+    assert f" {sys.executable} -m espalier run " in (tmp_path / "tiny.sbatch").read_text()
+
+
+@pytest.mark.parametrize(
+    "more, code, said",
+    [
+        (("--hardware", "h1000"), 2, "Did you mean"),
+        (("--hardware", "t4", "--devices", "2"), 2, "isn't there yet"),
+        (("--hardware", "t4", "stages.0.duration=10%"), 8, "no limit"),
+        (("--hardware", "t4", "stages.1.hidden_size=abc"), 2, "stages.1.hidden_size"),
+        (("--hardware", "t4", "--partition", "a b"), 2, "without spaces"),
+        (("--hardware", "t4", "--hours", "0.05"), 8, "--notice"),
+        (("--hardware", "t4", "--notice", "5"), 2, "--notice"),
+        ((), 2, "--hardware"),
+    ],
+)
+def test_a_job_that_cannot_run_is_not_written(cli, recipe_file, tmp_path, more, code, said):
+    found, _, err = cli("launch", "slurm", recipe_file, *more)
+    assert (found, said in err, "bug" in err) == (code, True, False), err
+    assert not any(tmp_path.iterdir())
 
 
 def test_runs_are_listed_shown_and_reported(cli, copy_of_finished):

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from espalier import __version__, errors, files
-from espalier.cli import methods, run, runs
+from espalier.cli import launch, methods, run, runs
 
 app = typer.Typer(
     name="espalier",
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 run.register(app)
+launch.register(app)
 runs.register(app)
 methods.register(app)
 
