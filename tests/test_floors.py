@@ -21,7 +21,7 @@ FLOORS = (
     {"planner", "story"},
     {"pipeline"},
     {"trials", "offers"},
-    {"compare", "ladder", "propose"},
+    {"compare", "ladder", "propose", "tune"},
     {"cli"},
     {"__main__"},
 )
