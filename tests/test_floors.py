@@ -26,7 +26,7 @@ FLOORS = (
     {"__main__"},
 )
 NOUNS = 0
-HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "optuna")
 
 
 def part_of(module: tuple[str, ...]) -> str:

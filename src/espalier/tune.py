@@ -94,8 +94,8 @@ class TuneRecipe(Recipe):
             raise ValueError("run.parametrization.kind isn't mup: only under it do values hold at another width")
         if Duration.parse(self.duration).unit == "share":
             raise ValueError(f"duration {self.duration}: a trial has no budget to take a share of; state tokens")
+        self.told({axis: low for axis, (low, _) in self.axes.items()})  # refuses a key that isn't there
         for axis, (low, high) in self.axes.items():
-            self.told({axis: low})
             own = _value(self.run, axis)
             if not isinstance(own, float):
                 raise ValueError(f"axes.{axis}: {own!r} isn't a number that may have a fraction")
