@@ -166,10 +166,22 @@ def test_numbers_that_diverge_are_the_worst_result_and_are_charged(recipe, tmp_p
         tune(wild, run)
     report = Report.load(run.folder / RESULTS)
     assert report.context["diverged"]
-    assert report.context["best"][RATE] < 1e4
+    assert report.context["best"][RATE] < 1e36
     assert "diverged" in (run.folder / PAGE).read_text()
     each = [Ledger(path).spent(kind="train").flops for path in (run.folder / TRIALS).glob(f"*/{LEDGER}")]
     assert len(each) == COUNT and trained(run.folder)[1] == sum(each)
+
+
+def test_own_values_that_diverge_leave_the_gain_unknown(recipe, tmp_path):
+    optimizer = {"name": "adamw", "learning_rate": 1e37}
+    values = {"run": recipe.run.model_dump() | {"optimizer": optimizer}, "axes": {RATE: (1e-5, 1e38)}}
+    wild = TuneRecipe.model_validate(recipe.model_dump() | values)
+    with Run.start(tmp_path / "wild", wild, tell=lambda line: None) as run:
+        tune(wild, run)
+    report = Report.load(run.folder / RESULTS)
+    assert "trial-000" in report.context["diverged"] and report.context["best"][RATE] < 1e36
+    assert not [row for row in report.rows if row.metric == "gain" or row.task == "own values"]
+    assert "own diverged" in (run.folder / PAGE).read_text()
 
 
 def test_a_search_in_which_all_diverge_is_refused(recipe, tmp_path):
@@ -357,6 +369,8 @@ def test_the_page_has_a_chart_for_each_axis_with_every_trial(searched):
     assert [axis["name"] for axis in data["axes"]] == list(AXES)
     for number, axis in enumerate(data["axes"]):
         assert f'id="axis-{number}"' in html
-        assert [mark["kind"] for mark in axis["marks"]].count("best") == 1 and len(axis["marks"]) == COUNT
+        assert [mark["own"] for mark in axis["marks"]] == [True] + [False] * (COUNT - 1)
+        [best] = [mark for mark in axis["marks"] if mark["best"]]
+        assert best["y"] == min(mark["y"] for mark in axis["marks"])
         assert all(axis["y"]["low"] <= mark["y"] <= axis["y"]["high"] for mark in axis["marks"])
         assert all(axis["x"]["low"] <= mark["x"] <= axis["x"]["high"] for mark in axis["marks"])

@@ -108,13 +108,16 @@ class TuneRecipe(Recipe):
         """The run's own values on the axes."""
         return {axis: _value(self.run, axis) for axis in self.axes}
 
+    def settings(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Values on the axes, and the rate of vectors that goes with them."""
+        if RATE not in values or VECTOR_RATE in self.axes:
+            return dict(values)
+        own = self.run.optimizer
+        return {**values, VECTOR_RATE: own.vector_learning_rate * (values[RATE] / own.learning_rate)}
+
     def told(self, values: Mapping[str, float]) -> PlannedRecipe:
         """The run with these values on the axes."""
-        values = dict(values)
-        if RATE in values and VECTOR_RATE not in self.axes:
-            optimizer = self.run.optimizer
-            values[VECTOR_RATE] = optimizer.vector_learning_rate * (values[RATE] / optimizer.learning_rate)
-        overrides = [f"{axis}={value!r}" for axis, value in values.items()]
+        overrides = [f"{key}={value!r}" for key, value in self.settings(values).items()]
         return parse(PlannedRecipe, dump(self.run), overrides, where="axes")
 
     def shape(self) -> ShapeRecipe:
@@ -126,7 +129,7 @@ class TuneRecipe(Recipe):
                 "width",
                 found=str(self.width),
                 expected=f"a multiple of {heads_apart}, for whole heads, up to the model's own {model.hidden_size}",
-                mend="Set width to one of these; fewer than four heads are seldom enough.",
+                mend="Set width to one of these.",
             )
         heads = model.num_attention_heads * self.width // model.hidden_size
         return ShapeRecipe(
@@ -215,13 +218,6 @@ class Found:
         """The run, as it was told, with the best values."""
         told = self.recipe.told(self.best.values)
         return PretrainRecipe.model_validate(told.model_dump() | {"name": "tuned"})
-
-    @property
-    def settings(self) -> list[str]:
-        """The best values as settings for the command line."""
-        told = self.recipe.told(self.best.values)
-        keys = dict.fromkeys([*self.recipe.axes, *([VECTOR_RATE] if RATE in self.recipe.axes else [])])
-        return [f"{key}={_value(told, key):.4g}" for key in keys]
 
     def edges(self) -> list[str]:
         """The axes whose best value lies at an end of its span."""
@@ -351,15 +347,17 @@ def _lines(found: Found) -> list[str]:
     best, own, shares = found.best, found.own, found.importances
     width = max(map(len, found.recipe.axes))
     axes = [
-        f"{axis:{width}}  {best.values[axis]:<8.4g}  own {own.values[axis]:<8.4g}"
-        + (f"  importance {shares[axis]:.0%}" if shares else "")
+        f"{axis:{width}}  {best.values[axis]:<8.4g}"
+        + (f"  importance {shares[axis]:<4.0%}" if shares else "")
+        + f"  own {own.values[axis]:.4g}"
         for axis in found.recipe.axes
     ]
+    settings = (f"{key}={value:.4g}" for key, value in found.recipe.settings(best.values).items())
     return [
         f"best: {best.name}, {_told_loss(best)}; with the recipe's own values {_told_loss(own)}",
         *axes,
         *found.notes(),
-        f"as settings: {' '.join(found.settings)}",
+        f"as settings: {' '.join(settings)}",
     ]
 
 
@@ -380,8 +378,7 @@ def _render(run: Run, found: Found) -> str:
         Figure(axis.rpartition(".")[2].replace("_", " "), f"{best.values[axis]:.3g}", f"own: {own.values[axis]:.3g}")
         for axis in recipe.axes
     ]
-    trial = recipe.trial(0, own.values).recipe
-    [proxy], model = trial.specs(), recipe.run.specs()[-1]
+    [proxy], model = recipe.trial(0, own.values).recipe.specs(), recipe.run.specs()[-1]
     view = View(
         title=run.name,
         subtitle=f"found on {shape(proxy)}, for {shape(model)}",
@@ -389,7 +386,7 @@ def _render(run: Run, found: Found) -> str:
         kind="search",
         headline=[Figure("Best loss", f"{best.loss:.3f}", gain), *values],
         recipe=dump(recipe),
-        machine=Story(run.folder / TRIALS / trial.name).view().machine,
+        machine=Story(run.folder / TRIALS / best.name).view().machine,
         notes=found.notes(),
     )
     axes = [
@@ -417,9 +414,9 @@ def _charts(found: Found) -> list[dict[str, Any]]:
     y = page.loss_axis(losses[: max(math.ceil(FRAMED * len(losses)), 2)])
 
     def mark(axis: str, one: Tried) -> dict[str, Any]:
-        kind = "best" if one is found.best else "own" if one is found.own else "tried"
         told = [f"{one.name}: {_told_loss(one)}", *(f"{key} {value:.4g}" for key, value in one.values.items())]
-        return {"x": one.values[axis], "y": min(one.loss, y["high"]), "kind": kind, "told": told}
+        at = {"x": one.values[axis], "y": min(one.loss, y["high"])}
+        return {**at, "own": one is found.own, "best": one is found.best, "told": told}
 
     return [
         {"name": axis, "x": page.log_axis(*span, ""), "y": y, "marks": [mark(axis, one) for one in found.tried]}
