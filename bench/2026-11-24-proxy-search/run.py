@@ -4,7 +4,8 @@
 
 `espalier budget tune` searches learning rate, gain and output multiplier of Espalier's default recipe (Muon, muP) at
 width 32: 2 layers, the stdlib corpus, 80 updates of 2,048 tokens, 24 trials. At width 128 these are trained with three
-seeds: the recipe's own values, the proxy's best, and the latter with learning rates on a grid of factor sqrt(2) around.
+seeds: the recipe's own values, the proxy's best, the latter with learning rates on a grid of factor sqrt(2) around, and
+the own values with some of these rates, to see what the other two axes are worth.
 Runs that FOLDER has are only read; result.json is written anew.
 """
 
@@ -31,6 +32,7 @@ SEEDS, STEPS, ROWS, LENGTH = (1, 2, 3), 80, 32, 64
 DURATION = f"{STEPS * ROWS * LENGTH} tokens"
 NARROW, WIDE = 32, 128
 GRID = (-2, -1, 0, 1, 2)  # steps of factor sqrt(2) from the proxy's best rate
+ALONE = (-3, -2, -1, 0)  # such steps with the own gain and output multiplier
 SEARCH = TuneRecipe.model_validate(
     {
         "run": {
@@ -70,17 +72,26 @@ def main(folder: Path) -> None:
         tune(SEARCH, run)
     found = Report.load(folder / "search" / RESULTS)
     own, best = found.context["own"], found.context["best"]
-    settings = {"own": own} | {f"step{step}": best | {RATE: best[RATE] * math.sqrt(2) ** step} for step in GRID}
+    rates = {step: {RATE: best[RATE] * math.sqrt(2) ** step} for step in {*GRID, *ALONE}}
+    settings = {
+        "own": own,
+        **{f"best{step}": best | rates[step] for step in GRID},
+        **{f"alone{step}": own | rates[step] for step in ALONE},
+    }
     trials = [wide(name, values, seed) for name, values in settings.items() for seed in SEEDS]
     figures = carry_out(trials, folder / "wide", workers=1, tell=print, done=lambda one: None)
     each = [one.loss if one else None for one in figures]
     losses = {name: each[place * len(SEEDS) :][: len(SEEDS)] for place, name in enumerate(settings)}
     means = {name: statistics.mean(seeds) for name, seeds in losses.items() if None not in seeds}
-    nearest = min((name for name in means if name != "own"), key=means.__getitem__)
-    gains = [a - b for a, b in zip(losses["own"], losses["step0"], strict=True)]
+    lowest = min((step for step in GRID if f"best{step}" in means), key=lambda step: means[f"best{step}"])
+    gains = {
+        name: [own_loss - loss for own_loss, loss in zip(losses["own"], seeds, strict=True)]
+        for name, seeds in losses.items()
+        if name in means and name != "own"
+    }
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu_seconds": time.process_time() - began,
+        "cpu_seconds": time.process_time() - began,  # of this call: runs that were there cost nothing
         "narrow": {
             "own": found.value("own values", "loss"),
             "best": found.value("best values", "loss"),
@@ -93,9 +104,9 @@ def main(folder: Path) -> None:
         "wide": {
             "losses": losses,
             "means": means,
-            "best_grid_step": int(nearest.removeprefix("step")),
-            "gain": statistics.mean(gains),
-            "gain_stderr": statistics.stdev(gains) / math.sqrt(len(gains)),
+            "lowest_step": lowest,
+            "gains": {name: statistics.mean(each) for name, each in gains.items()},
+            "stderr": {name: statistics.stdev(each) / math.sqrt(len(each)) for name, each in gains.items()},
         },
     }
     files.write_json(HERE / "result.json", result)
