@@ -260,7 +260,7 @@ def importances(tried: Sequence[Tried]) -> dict[str, float]:
 
 @method(paper="arXiv 2304.06875", needs="a run under muP, and its data", costs="training a narrow proxy many times")
 def tune(recipe: TuneRecipe, run: Run) -> Path:
-    """Find learning rate, initial values and output multiplier on a narrow proxy, and write the tuned recipe."""
+    """Find a run's rate and initial values on a narrow proxy, and write its recipe with them."""
     count = recipe.count()
     total = units.si(count * recipe.trial_flops(), "FLOP")
     run.tell(f"{count} runs at width {recipe.width}, {total} of training; the first has the recipe's own values.")
