@@ -21,12 +21,12 @@ FLOORS = (
     {"planner", "story"},
     {"pipeline"},
     {"trials", "offers", "launch"},
-    {"compare", "ladder", "propose"},
+    {"compare", "ladder", "propose", "tune"},
     {"cli"},
     {"__main__"},
 )
 NOUNS = 0
-HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "optuna")
 
 
 def part_of(module: tuple[str, ...]) -> str:

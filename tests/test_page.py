@@ -507,7 +507,7 @@ def test_no_two_ticks_of_a_linear_axis_read_the_same(high, unit):
 
 @given(st.lists(st.floats(1e-3, 20), min_size=1, max_size=5))
 def test_the_loss_axis_holds_every_loss_with_room(losses):
-    axis = page._loss_axis(losses)
+    axis = page.loss_axis(losses)
     assert axis["low"] < min(losses) and max(losses) < axis["high"]
 
 

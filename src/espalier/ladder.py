@@ -28,11 +28,9 @@ from espalier.recipe import Recipe
 from espalier.report import Report
 from espalier.run import PAGE, RESULTS, Run
 from espalier.story import Story
-from espalier.trials import Figures, Trial, carry_out
+from espalier.trials import EVAL_TOKENS, Figures, Trial, carry_out
 
 TRIALS = "trials"
-# Every run is evaluated on as much text, or their losses would differ by the text.
-EVAL_TOKENS = 2**18
 
 
 def tokens_of(length: str, parameters: float) -> float:

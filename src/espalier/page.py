@@ -326,8 +326,8 @@ def _loss_chart(view: View) -> dict[str, Any] | None:
         "compared": compared,
         "axes": axes,
         "y": {
-            "linear": _loss_axis(settled + around),
-            "log": _loss_axis(everything + around),
+            "linear": loss_axis(settled + around),
+            "log": loss_axis(everything + around),
         },
         "curves": [
             {
@@ -433,7 +433,7 @@ def _law_chart(lines: list[LawLine]) -> dict[str, Any] | None:
     sizes = [point.parameters for point in points]
     return {
         "x": log_axis(min(sizes), max(sizes), "parameters"),
-        "y": _loss_axis(losses),
+        "y": loss_axis(losses),
         "lines": [
             {
                 "name": line.name,
@@ -528,7 +528,7 @@ def _spent(point: Point | GrowthPoint) -> list[str]:
     return lines + ([money(point.usd)] if point.usd else [])
 
 
-def _loss_axis(losses: list[float]) -> dict[str, Any]:
+def loss_axis(losses: list[float]) -> dict[str, Any]:
     low, high = min(losses), max(losses)
     room = 0.05 + 0.05 * (high - low)
     return linear_axis(max(0.0, low - room), high + room, "")

@@ -34,6 +34,8 @@ from espalier.run import LEDGER, METRICS, RESULTS, Run, read_lines
 # What counts as a trial's time: its updates, and its growths.
 TIMED = ("train", "grow")
 DIVERGED = "diverged.json"
+# Held-out text of every run where none is stated, or their losses would differ by the text.
+EVAL_TOKENS = 2**18
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from espalier.errors import ModelError, RecipeError
 from espalier.folder import ModelFolder
 from espalier.grow.preserve import check
-from espalier.grow.verbs import CheckRecipe, StackRecipe
+from espalier.grow.verbs import CheckRecipe, StackRecipe, WidthRecipe
 from espalier.method import find
+from espalier.model.mup import Parametrization
 from espalier.recipe import load
 from espalier.run import Run
 
@@ -123,6 +124,13 @@ def test_a_bare_folder_of_another_family_grows(tmp_path, input_ids):
     assert (large.config.n_embd, large.config.n_inner, large.config.n_layer) == (48, 128, 3)
     with torch.no_grad():
         assert torch.allclose(large(input_ids).logits, small(input_ids).logits, atol=1e-4)
+
+
+def test_a_wider_model_has_the_multiplier_of_one_that_was_built_so(granite, tmp_path):
+    parametrization = Parametrization(base_width=16, output_multiplier=3.0)
+    recipe = WidthRecipe(model=tmp_path, out=tmp_path / "large", hidden_size=64, parametrization=parametrization)
+    built = parametrization.carried_by(granite.changed(hidden_size=64))
+    assert recipe.reach(parametrization.carried_by(granite)).logits_scaling == built.logits_scaling == 4 / 3
 
 
 def test_a_width_that_its_heads_do_not_follow_is_refused(tmp_path):

@@ -86,6 +86,18 @@ def test_the_logits_are_divided_by_the_width_multiplier_and_other_families_are_r
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_the_output_multiplier_multiplies_the_logits_and_nothing_else(width):
+    ids = torch.arange(8)[None]
+    plain, times_four = (
+        build(parametrization.carried_by(shape(width, tie_word_embeddings=True)), parametrization, seed=0)
+        for parametrization in (Parametrization(base_width=64), Parametrization(base_width=64, output_multiplier=4.0))
+    )
+    assert times_four.config.logits_scaling == plain.config.logits_scaling / 4
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), times_four.parameters(), strict=True))
+    assert torch.equal(times_four(ids).logits, 4 * plain(ids).logits)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_initial_values_follow_the_table(width, tied):
     parametrization = Parametrization(base_width=64, embedding_std=0.7, gain=1.5)

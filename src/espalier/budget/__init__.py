@@ -7,6 +7,7 @@ METHODS = {
     "fit": "fit:budget_fit",
     "predict": "scaling:predict",
     "ladder": "espalier.ladder:ladder",
+    "tune": "espalier.tune:tune",
     "roofline": "verbs:roofline",
     "profile": "espalier.infer.profile:profile",
     "queries": "verbs:queries",

@@ -89,7 +89,7 @@ class WidthRecipe(GrowRecipe):
         """With the multiplier that muP needs."""
         if self.parametrization.kind == "standard":
             return after
-        return after.changed(logits_scaling=self.parametrization.width(after))
+        return after.changed(logits_scaling=self.parametrization.logits_scaling(after))
 
 
 class FpiRecipe(WidthRecipe):
