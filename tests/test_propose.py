@@ -14,7 +14,9 @@ from espalier.budget import fit, flops, hardware, layouts
 from espalier.budget.hardware import Hardware
 from espalier.budget.observations import About, text_digest
 from espalier.budget.scaling import Law, Span
-from espalier.errors import BudgetError, RecipeError
+from espalier.budget.serving import ServingRecipe
+from espalier.budget.serving import served as serve
+from espalier.errors import BudgetError, RecipeError, ResourceError
 from espalier.ladder import LadderRecipe
 from espalier.offers import ALONE, PRODUCTS, Candidate, PlanRecipe
 from espalier.pipeline import PretrainRecipe
@@ -328,3 +330,43 @@ def test_a_size_that_was_not_timed_is_as_fast_as_the_nearest_that_was():
         found = propose._as_fast(candidate(layers, 1.0), [one, other])
         assert found.flops / found.seconds == pytest.approx(nearest.flops / nearest.seconds)
         assert found.ready == nearest.ready
+
+
+SERVING = {"queries_per_day": 1e5, "hardware": "h100-80g"}
+
+
+def test_serving_is_paid_for_by_the_budget_and_makes_the_model_smaller(tmp_path):
+    sizes, losses = [], []
+    for queries in (0.0, 3e5, 1e6):
+        folder, serving = tmp_path / f"{queries:g}", SERVING | {"queries_per_day": queries}
+        made, offers, said = planned(folder, serving=serving)
+        best = next(name for name in rows(offers, "usd") if name.startswith("planned"))
+        trained, served = (rows(offers, metric)[best] for metric in ("usd", "serving usd"))
+        assert made.budget.usd == pytest.approx(1e4 - served)
+        assert trained == pytest.approx(0.9 * made.budget.usd)
+        spec, asked = made.specs()[-1], ServingRecipe.model_validate(serving)
+        assert served == pytest.approx(serve(spec, asked, hardware.named("h100-80g", home=tmp_path)).cost.usd)
+        assert "12 months" in said
+        sizes.append(flops.parameters(spec))
+        losses.append(rows(offers, "expected loss")[best])
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert losses == sorted(losses)
+    without, *_ = planned(tmp_path / "without")
+    assert without.specs() == planned(tmp_path / "none", serving=SERVING | {"queries_per_day": 0})[0].specs()
+
+
+def test_traffic_that_the_budget_does_not_pay_for_or_no_device_holds_is_refused(tmp_path):
+    with pytest.raises(BudgetError, match="too little"):
+        planned(tmp_path / "traffic", serving=SERVING | {"queries_per_day": 1e9})
+    with pytest.raises(ResourceError, match="serving on 1 "):
+        planned(tmp_path / "room", serving=SERVING | {"batch": 10**9})
+    with pytest.raises(ValueError, match="money and energy"):
+        told(budget={"flops": 1e20}, serving=SERVING)
+
+
+def test_a_plan_does_not_grow_when_the_rate_has_fallen(tmp_path):
+    for ratio in (0.2, 0.5):
+        flm = {"budget": {"usd": 1e5}, "hardware": "a800-80g", "devices": 192, "parameters": 1.01e11}
+        made, *_ = planned(tmp_path / f"{ratio}", **flm, schedule={"decay_ratio": ratio})
+        assert len(made.stages) > 1
+        assert float(made.stages[-1].duration.rstrip("%")) >= 100 * ratio - 0.01

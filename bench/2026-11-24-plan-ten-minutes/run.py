@@ -18,7 +18,7 @@ import yaml
 
 import espalier  # noqa: F401  (before torch)
 from espalier import files, offers, planner, propose
-from espalier.budget import flops
+from espalier.budget import flops, hardware, layouts
 from espalier.budget.scaling import Law
 from espalier.ledger import Ledger
 from espalier.pipeline import PretrainRecipe
@@ -56,9 +56,11 @@ def by_hand(told: dict, recipe: offers.PlanRecipe, shape: tuple[int, int]) -> li
 
 def planned(recipe: offers.PlanRecipe) -> tuple[list[dict], dict]:
     """The plan on this machine: its offers, and its stages in tokens with its batch."""
-    row = propose._row(recipe)
-    prices, law = propose._prices(recipe, row), Law.load(recipe.law)
-    found = propose._timed(recipe, law, propose._candidates(recipe, law, prices, row), prices, row)
+    row, law = hardware.named(recipe.hardware, home=files.home()), Law.load(recipe.law)
+    prices = propose._prices(recipe, row)
+    cluster = layouts.cluster(row, recipe.devices, recipe.links, recipe.products)
+    candidates = propose._candidates(recipe, law, prices, cluster)
+    found = propose._timed(recipe, law, candidates, prices, row)
     made = propose._recipe(recipe, found[0], prices)
     stages = [
         stage.model_dump(include={"hidden_size", "num_hidden_layers"}) | {"duration": f"{round(tokens)} tokens"}

@@ -19,6 +19,7 @@ from espalier.budget.parallel import Links
 from espalier.budget.plan import BudgetRecipe
 from espalier.budget.scaling import FURTHEST, Law
 from espalier.budget.schedule import Schedule, Size
+from espalier.budget.serving import ServingRecipe
 from espalier.budget.sizes import depth_of
 from espalier.data.prepare import DataRecipe
 from espalier.grow.progressive import TrainingRecipe
@@ -49,6 +50,7 @@ class PlanRecipe(TrainingRecipe):
     relearned    the share of its way that a model goes again after it has grown in depth: none by our record
                  (bench/2026-11-24-growth-compare, relearned.py); 1 leaves growth out
     parameters   of the final model, about; the best, if not stated
+    serving      the traffic that the budget is to pay for as well, once the model is trained
     """
 
     name: str = Field(default="planned", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -62,6 +64,13 @@ class PlanRecipe(TrainingRecipe):
     furthest: float = Field(default=FURTHEST, ge=1)
     relearned: float = Field(default=0.0, ge=0, le=1)
     parameters: float | None = Field(default=None, gt=0)
+    serving: ServingRecipe | None = None
+
+    @model_validator(mode="after")
+    def _serving_is_paid_for(self) -> Self:
+        if self.serving and not (self.budget.usd or self.budget.kwh):
+            raise ValueError("serving takes money and energy: state budget.usd or budget.kwh")
+        return self
 
     @model_validator(mode="after")
     def _one_machine_here(self) -> Self:
@@ -79,7 +88,8 @@ class PlanRecipe(TrainingRecipe):
 class Candidate:
     """A size that the model may have: its FLOPs and seconds a token, and the seconds of getting ready to train it.
 
-    arranged: how it is trained in the memory that there is
+    arranged  how it is trained in the memory that there is
+    serving   what answering the stated traffic with it takes; None without any
     """
 
     spec: ModelSpec
@@ -87,6 +97,7 @@ class Candidate:
     seconds: float
     arranged: Arrangement
     ready: float = 0.0
+    serving: Cost | None = None
 
     @property
     def parameters(self) -> int:
@@ -122,9 +133,15 @@ class Prices:
         return self.usable / self.cap.share_spent(self.rates.cost(seconds, tokens=1.0, flops=flops))
 
     def size(self, candidate: Candidate) -> Size:
-        """A candidate in shares of the cap."""
+        """A candidate in shares of the cap; serving it is paid for before anything is kept back for training."""
         ready = self.cap.share_spent(self.rates.cost(candidate.ready))
-        return Size(candidate.parameters, self.cap.share_spent(self.of(candidate, 1.0)), ready)
+        after = self.cap.share_spent(_paid(candidate.serving)) * (1 - self.reserve) if candidate.serving else 0.0
+        return Size(candidate.parameters, self.cap.share_spent(self.of(candidate, 1.0)), ready, after)
+
+
+def _paid(cost: Cost) -> Cost:
+    """Money and energy: served tokens, FLOPs and seconds don't count against limits on training."""
+    return Cost(usd=cost.usd, kwh=cost.kwh, kgco2e=cost.kgco2e)
 
 
 @dataclass(frozen=True)
@@ -175,6 +192,12 @@ def reasons(recipe: PlanRecipe, law: Law, row: Hardware, offers: Sequence[Offer]
     if law.about.data != text_digest(recipe.data.model_dump(mode="json")):
         text = ", ".join(filter(None, (law.about.data, law.about.tokenizer))) or "it doesn't say which"
         yield f"That law is of other text than this plan's ({text}): losses here may differ from what it expects."
+    if recipe.serving and (serving := best.stages[-1][0].serving):
+        yield (
+            f"Serving it for {recipe.serving.months:g} months, {units.count(recipe.serving.queries_per_day)} queries a "
+            f"day on {recipe.serving.hardware}, is estimated at {units.money(serving.usd)} and "
+            f"{units.si(serving.kwh * 1000, 'Wh')}, which the run's budget is less by."
+        )
     if len(best.stages) > 1:
         points, after = schedule.growth_points(best.schedule), best.stages[1:]
         steps = ", ".join(
@@ -192,7 +215,8 @@ def reasons(recipe: PlanRecipe, law: Law, row: Hardware, offers: Sequence[Offer]
         yield f"The next best size from scratch, {shape(others[0].final)}, comes to {others[0].told()}."
     yield from _layouts(best, modelled=recipe.devices > 1 and recipe.utilization is None)
     yield (
-        f"Updates of {units.count(batch_tokens)} tokens suit {units.si(best.cost.flops, 'FLOP')} (arXiv 2401.02954)."
+        f"Updates of {units.count(batch_tokens)} tokens suit {units.si(best.cost.flops, 'FLOP')} "
+        "(arXiv 2401.02954, at half its factor)."
     )
 
 
@@ -253,6 +277,9 @@ def report(name: str, offers: Sequence[Offer]) -> Report:
         report.add(at, "expected loss", offer.loss, note="nats a token, by the law")
         for resource in ("tokens", "flops", "seconds", "usd", "kwh", "kgco2e"):
             report.add(at, resource, getattr(offer.cost, resource), note="estimated")
+        if serving := offer.stages[-1][0].serving:
+            for resource in ("usd", "kwh", "kgco2e"):
+                report.add(at, f"serving {resource}", getattr(serving, resource), note="estimated")
         for number, (candidate, _) in enumerate(offer.stages, start=1):
             _add_layout(report, f"{at}, stage {number}", candidate.arranged)
     return report

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from espalier import files, page, planner, units
-from espalier.budget import flops, hardware, layouts, price, schedule
+from espalier.budget import flops, hardware, layouts, price, schedule, serving
 from espalier.budget.hardware import Hardware
 from espalier.budget.layouts import Cluster, Work
 from espalier.budget.scaling import Law
 from espalier.budget.schedule import Schedule, Size
 from espalier.budget.sizes import HEADS, depth_of
-from espalier.errors import BudgetError, RecipeError
+from espalier.errors import BudgetError, RecipeError, ResourceError
 from espalier.ledger import Cap, Cost
 from espalier.method import method
 from espalier.offers import ALONE, HERE, Candidate, Offer, PlanRecipe, Prices, reasons, report, tell, view
@@ -40,8 +40,9 @@ SMALLER, LARGER = 1 / 30, 6.0
 LEAST_STAGE = 0.02
 # Sizes from scratch that are offered beside the plan.
 OTHERS = 3
-# Tokens of an update by FLOPs (DeepSeek LLM, arXiv 2401.02954: fitted on 1e17 to 2e19).
-BATCH_FACTOR, BATCH_EXPONENT = 0.2920, 0.3271
+# Tokens of an update by FLOPs: the exponent of DeepSeek LLM (arXiv 2401.02954), half its factor. At 1.6e13 FLOPs, far
+# below its range, 2,048 and 4,096 tokens came to 2.836 and 2.874, 8,192 to 3.003 (bench/2026-11-24-plan-ten-minutes).
+BATCH_FACTOR, BATCH_EXPONENT = 0.1460, 0.3271
 
 
 @method(needs="a law of the loss for the data at hand", costs="seconds, and on this machine a few steps of some sizes")
@@ -104,8 +105,9 @@ def _candidates(recipe: PlanRecipe, law: Law, prices: Prices, cluster: Cluster) 
     stated = [_spec(recipe, heads * recipe.model.head_dim) for heads in HEADS]
     _require_stated(recipe, stated)
     tasks = [(spec, _work(recipe, spec, prices, cluster)) for spec in stated]
-    every = [one for spec, work in tasks if (one := _candidate(recipe, spec, cluster, work))]
-    _require_room(recipe, tasks, every, cluster)
+    fitting = [one for spec, work in tasks if (one := _candidate(recipe, spec, cluster, work))]
+    _require_room(recipe, tasks, fitting, cluster)
+    every = _served(recipe, fitting) if recipe.serving else fitting
     alone = [schedule.from_scratch(law.terms, [prices.size(one)], 0, prices.usable) for one in every]
     losses = [found.loss if found else math.inf for found in alone]
     around = recipe.parameters or every[int(np.argmin(losses))].parameters
@@ -119,6 +121,20 @@ def _candidates(recipe: PlanRecipe, law: Law, prices: Prices, cluster: Cluster) 
     ]
     # Growth leads to later ones: by width, then by depth.
     return sorted(finals + starts, key=lambda one: (one.spec.hidden_size, one.spec.num_hidden_layers))
+
+
+def _served(recipe: PlanRecipe, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that the serving devices hold, with what serving them takes; `ResourceError` if there are none."""
+    assert recipe.serving
+    row = hardware.named(recipe.serving.hardware, home=files.home())
+    held: list[Candidate] = []
+    for one in candidates:
+        try:
+            held.append(replace(one, serving=serving.served(one.spec, recipe.serving, row).cost))
+        except ResourceError:
+            if not held:  # the smallest comes first
+                raise
+    return held
 
 
 def _spec(recipe: PlanRecipe, hidden: int) -> ModelSpec:
@@ -218,7 +234,7 @@ def _offers(recipe: PlanRecipe, law: Law, candidates: Sequence[Candidate], price
     sizes = [prices.size(candidate) for candidate in candidates]
     # Beginning a stage is taken to cost a little more than it does, or there would be stages of no account.
     dear = [
-        replace(size, ready=size.ready + LEAST_STAGE, after=0.0 if wanted else math.inf)
+        replace(size, ready=size.ready + LEAST_STAGE, after=size.after if wanted else math.inf)
         for size, wanted in zip(sizes, _wanted(recipe, candidates), strict=True)
     ]
 
@@ -231,7 +247,8 @@ def _offers(recipe: PlanRecipe, law: Law, candidates: Sequence[Candidate], price
         cost = sum((prices.of(*stage) for stage in stages), Cost())
         return Offer(name, found, stages, cost, _interval(law, sizes, found, relearned))
 
-    found = schedule.cheapest(terms, dear, usable, relearned)
+    # What is added when the rate has fallen hardly learns, and no law knows of that.
+    found = schedule.cheapest(terms, dear, usable, relearned, last=1 - recipe.schedule.falls_from)
     path = [(stage.size, stage.tokens) for stage in found.stages] if found else []
     planned = schedule.spend(terms, sizes, path, usable, relearned) if path else None
     if planned is None:
@@ -334,7 +351,7 @@ def _recipe(recipe: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
         for (candidate, _), share in zip(best.stages, shares, strict=True)
     ]
     kept = recipe.model_dump(
-        exclude={"hardware", "devices", "utilization", "links", "law", "furthest", "relearned", "parameters"}
+        exclude={"hardware", "devices", "utilization", "links", "law", "furthest", "relearned", "parameters", "serving"}
     )
     update, length = best.stages[-1][0].arranged.update, recipe.data.sequence_length
     # Several devices are laid out for the rows of their update; on one they follow from what it was found to afford.
@@ -344,6 +361,9 @@ def _recipe(recipe: PlanRecipe, best: Offer, prices: Prices) -> PretrainRecipe:
         "per_device_train_batch_size": min(update.micro_rows, rows),
         "recompute": update.recompute,
     }
+    if served := best.stages[-1][0].serving:
+        paid = {key: kept["budget"][key] - getattr(served, key) for key in ("usd", "kwh") if kept["budget"][key]}
+        kept["budget"] |= paid
     low, high = best.interval or (None, None)
     expected = {"loss": best.loss, "low": low, "high": high}
     return PretrainRecipe.model_validate(kept | {"stages": stages, "train": train, "expected": expected})

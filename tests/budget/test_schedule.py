@@ -132,3 +132,24 @@ def test_a_budget_that_pays_for_nothing_gives_none():
     assert cheapest(LAW, sizes, 5.0, keep(0.0)) is None
     assert from_scratch(LAW, sizes, 0, 5.0) is None
     assert schedule.spend(LAW, sizes, [(0, 1.0)], 5.0, keep(0.0)) is None
+
+
+@pytest.mark.parametrize("last", [0.0, 0.2, 0.4, 0.7])
+def test_the_last_stage_has_its_share_and_no_schedule_on_a_grid_that_gives_it_is_clearly_better(last):
+    found = cheapest(LAW, SIZES, BUDGET, keep(0.0), last)
+    shares = schedule.shares(found)
+    assert len(shares) == 1 or shares[-1] >= last - 1e-9
+    assert sum(stage.cost for stage in found.stages) == pytest.approx(BUDGET)
+    tried = [
+        schedule.spend(LAW, SIZES, [(i, part * BUDGET / SIZES[i].cost_per_token), (k, 0)], BUDGET, keep(0.0))
+        for i, k in itertools.combinations(range(len(SIZES)), 2)
+        for part in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+        if part <= 1 - last
+    ]
+    assert found.loss <= min(one.loss for one in tried if one) + 1e-3
+
+
+def test_stages_that_cannot_end_in_time_are_no_way():
+    dear = [Size(s.parameters, s.cost_per_token, ready=0.5 * BUDGET) for s in SIZES[:2]]
+    assert schedule._grown_by(dear, [(0, 1e10), (1, 1e10)], 0.4 * BUDGET) is None
+    assert len(cheapest(LAW, dear, BUDGET, keep(0.0), 0.6).stages) == 1

@@ -101,3 +101,12 @@ def test_segments_lead_from_one_stage_s_rate_to_the_next_s():
 def test_without_warm_up_decay_and_growth_the_rate_is_the_peak():
     flat = ScheduleRecipe(warmup_ratio=0.0, decay_ratio=0.0, rewarm_ratio=0.0)
     assert {flat.factor(done, stage) for done in (0.5, 1.0) for stage in (Stretch(), Stretch(0.5, 1.0))} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "told", [{"decay_ratio": 0.3}, {"lr_scheduler_type": "cosine"}, {"lr_scheduler_type": "linear"}]
+)
+def test_the_rate_has_hardly_fallen_until_it_is_said_to_fall(told):
+    schedule = ScheduleRecipe(**told, warmup_ratio=0.0)
+    assert schedule.factor(schedule.falls_from) == pytest.approx(1.0 if "decay_ratio" in told else 0.5)
+    assert schedule.factor(schedule.falls_from + 0.1) < schedule.factor(schedule.falls_from)

@@ -99,10 +99,13 @@ def trajectory(law: Law, sizes: Sequence[Size], stages: Sequence[tuple[int, floa
     return Schedule(tuple(done))
 
 
-def cheapest(law: Law, sizes: Sequence[Size], budget: float, relearned: Relearned) -> Schedule | None:
+def cheapest(
+    law: Law, sizes: Sequence[Size], budget: float, relearned: Relearned, last: float = 0.0
+) -> Schedule | None:
     """The schedule with the lowest loss that the budget pays for; None if it pays for no size's first step.
 
     sizes  in the order in which a model may grow: from one to any later one for which `relearned` is finite
+    last   the share of the budget that the last of several stages takes at least
     """
     alone = [schedule for size in range(len(sizes)) if (schedule := from_scratch(law, sizes, size, budget))]
     if not alone:
@@ -110,7 +113,8 @@ def cheapest(law: Law, sizes: Sequence[Size], budget: float, relearned: Relearne
     best = min(alone, key=lambda schedule: schedule.loss)
     paths = _sweep(law, sizes, budget, relearned, _first_loss(law, sizes, budget), _lowest_loss(law, sizes, budget))
     # The sweep is on a grid; its stages are worked out exactly, and the last takes what is left of the budget.
-    grown = [spend(law, sizes, path, budget, relearned) for path in paths]
+    in_time = [_grown_by(sizes, path, (1 - last) * budget) for path in paths]
+    grown = [spend(law, sizes, path, budget, relearned) for path in in_time if path]
     return min([best, *(schedule for schedule in grown if schedule)], key=lambda schedule: schedule.loss)
 
 
@@ -124,6 +128,19 @@ def spend(
     if tokens <= 0:
         return None
     return trajectory(law, sizes, [*stages[:-1], (stages[-1][0], tokens)], relearned)
+
+
+def _grown_by(
+    sizes: Sequence[Size], stages: Sequence[tuple[int, float]], latest: float
+) -> list[tuple[int, float]] | None:
+    """The stages with those before the last shortened, all by as much, until they cost `latest`; None if they can't."""
+    ready = sum(sizes[size].ready for size, _ in stages[:-1])
+    training = sum(tokens * sizes[size].cost_per_token for size, tokens in stages[:-1])
+    if ready + training <= latest:
+        return list(stages)
+    if ready >= latest:
+        return None
+    return [(size, tokens * (latest - ready) / training) for size, tokens in stages[:-1]] + [stages[-1]]
 
 
 def _first_loss(law: Law, sizes: Sequence[Size], budget: float) -> float:

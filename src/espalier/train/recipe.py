@@ -67,6 +67,11 @@ class ScheduleRecipe(Recipe):
     min_ratio: float = Field(default=0.0, ge=0, le=1)
     rewarm_ratio: float = Field(default=0.005, ge=0, lt=1)
 
+    @property
+    def falls_from(self) -> float:
+        """The share of the FLOPs after which the rate is falling; the middle of curves that fall from the start."""
+        return 1 - self.decay_ratio if self.lr_scheduler_type == "wsd" else 0.5
+
     def factor(self, done: float, stage: Stretch = Stretch()) -> float:
         """The factor on the peak rate when a share `done` (0 to 1) of the FLOPs is spent, inside `stage`."""
         since, left = done - stage.begin, 1 - stage.begin
