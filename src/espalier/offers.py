@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ from espalier.budget.layouts import Arrangement
 from espalier.budget.observations import text_digest
 from espalier.budget.parallel import Links
 from espalier.budget.plan import BudgetRecipe
+from espalier.budget.roofline import Roofline, Setting
+from espalier.budget.roofline_page import chart
 from espalier.budget.scaling import FURTHEST, Law
 from espalier.budget.schedule import Schedule, Size
 from espalier.budget.serving import ServingRecipe
@@ -240,8 +242,9 @@ def _layouts(best: Offer, *, modelled: bool) -> Iterator[str]:
 
 def _budget(recipe: PlanRecipe) -> str:
     budget = recipe.budget
-    stated = {"hours": budget.hours, "kWh": budget.kwh, "tokens": budget.tokens}
+    stated = {"kWh": budget.kwh, "tokens": budget.tokens}
     words = [units.money(budget.usd)] if budget.usd else []
+    words += [units.duration(budget.hours * 3600)] if budget.hours else []
     words += [f"{amount:g} {unit}" for unit, amount in stated.items() if amount]
     return " and ".join(words + ([units.si(budget.flops, "FLOP")] if budget.flops else []))
 
@@ -339,6 +342,15 @@ def view(
         machine={key: f"{value} ({row.sources.get(key, 'stated')})" for key, value in _figures(row).items()},
         notes=reasons,
     )
+
+
+def final_step(offer: Offer, device: Hardware) -> dict[str, Any]:
+    """The chart of a training step of the final model, beneath the roofline of the devices that share its products."""
+    arranged = offer.stages[-1][0].arranged
+    setting = Setting(batch=arranged.update.micro_rows, devices=arranged.layout.tensor)
+    roofline = Roofline(offer.final, device.part(arranged.layout.tensor), setting)
+    phase = roofline.training(arranged.update.sequence_length)
+    return chart(roofline, [("A training step", "training", phase)])
 
 
 def _to_the_same_loss(law: Law, prices: Prices, offers: Sequence[Offer]) -> Iterator[Alternative]:

@@ -232,12 +232,14 @@ def save(view: View, path: Path) -> None:
     files.write_text(path, render(view))
 
 
-def render(view: View) -> str:
-    """The page as HTML; equal views give equal text."""
+def render(view: View, name: str = "page.html", **charts: Any) -> str:
+    """The page as HTML, by page.html or a template that extends it and has charts of its own; equal views give equal
+    text.
+    """
     loss, schedule, difference = _loss_chart(view), _schedule_chart(view), _difference_chart(view)
-    return template("page.html").render(
+    return template(name).render(
         view=view,
-        charts={"loss": loss, "schedule": schedule, "difference": difference, "law": _law_chart(view.law)},
+        charts={"loss": loss, "schedule": schedule, "difference": difference, "law": _law_chart(view.law), **charts},
         banded=any(curve.band for curve in view.curves),
         comparison=_comparison(view),
         axes=[axis for axis in AXES if loss and axis[0] in loss["axes"]],

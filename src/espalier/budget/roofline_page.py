@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -206,12 +207,22 @@ def _lead(phase: Phase) -> str:
 
 
 def _chart(estimate: Estimate) -> dict[str, Any]:
-    """What the script needs: axes with written ticks, the roof's corners, and marks for the products."""
-    roofline, titles = estimate.roofline, estimate.titles()
+    titles = estimate.titles()
+    return chart(estimate.roofline, [(titles[name], name, estimate.phases[name]) for name in HUES])
+
+
+def chart(roofline: Roofline, phases: Sequence[tuple[str, str, Phase]]) -> dict[str, Any]:
+    """What the script needs: axes with written ticks, the roof's corners, and marks for the products of each phase.
+
+    phases  (title, name, phase), two at most
+    """
     hardware, ridge = roofline.hardware, roofline.ridge
     peak = hardware.peak_flops[roofline.setting.peak]
-    marks = {name: _marks(name, estimate.phases[name]) for name in HUES}
-    every = [mark for drawn in marks.values() for mark in drawn]
+    drawn: list[dict[str, Any]] = [
+        {"name": title, "hue": hue, "marks": _marks(name, phase)}
+        for hue, (title, name, phase) in zip(HUES.values(), phases, strict=False)
+    ]
+    every = [mark for one in drawn for mark in one["marks"]]
     low = min(ridge, *(mark["intensity"] for mark in every)) / 2
     high = max(ridge, *(mark["intensity"] for mark in every)) * 4
     slowest = min(low * hardware.memory_bandwidth, *(mark["speed"] for mark in every))
@@ -220,7 +231,7 @@ def _chart(estimate: Estimate) -> dict[str, Any]:
         "y": page.log_axis(slowest / 5, 1.5 * peak, "flops"),
         "roof": [[low, low * hardware.memory_bandwidth], [ridge, peak], [high, peak]],
         "ridge": {"at": ridge, "speed": peak, "text": f"ridge {units.significant(ridge)}"},
-        "phases": [{"name": titles[name], "hue": HUES[name], "marks": drawn} for name, drawn in marks.items()],
+        "phases": drawn,
     }
 
 
