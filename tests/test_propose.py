@@ -145,13 +145,13 @@ def test_reasons_stand_above_the_recipe_and_on_the_page(tmp_path):
     assert page.count("to the plan&#39;s loss; on this budget it comes to") >= 2, "sizes from scratch that get there"
 
 
-def test_the_page_shows_what_bounds_a_step_of_the_final_model(tmp_path):
-    made, *_ = planned(tmp_path / "plan", devices=8)
+def test_the_page_shows_what_bounds_a_pass_of_the_final_model(tmp_path):
+    planned(tmp_path / "plan", devices=8)
     text = (tmp_path / "plan" / PAGE).read_text()
-    assert "What bounds a step" in text and "drawRoofline" in text
+    assert "What bounds a pass" in text and "drawRoofline" in text
     chart = json.loads(text.split('id="data">')[1].split("</script>")[0])["roofline"]
     (phase,) = chart["phases"]
-    assert 0.9 < sum(mark["share"] for mark in phase["marks"]) <= 1.0
+    assert 0.7 < sum(mark["share"] for mark in phase["marks"]) <= 1.0
     assert {"q, k, v, o", "gate, up, down"} & {mark["name"] for mark in phase["marks"]}
     tensor = 2 if "2 tensor" in text else 1
     peak = hardware.named("h100-80g", home=tmp_path / "home").peak_flops["bfloat16"]

@@ -17,7 +17,7 @@ from espalier.budget.layouts import Arrangement
 from espalier.budget.observations import text_digest
 from espalier.budget.parallel import Links
 from espalier.budget.plan import BudgetRecipe
-from espalier.budget.roofline import Roofline, Setting
+from espalier.budget.roofline import Phase, Roofline, Setting
 from espalier.budget.roofline_page import chart
 from espalier.budget.scaling import FURTHEST, Law
 from espalier.budget.schedule import Schedule, Size
@@ -344,13 +344,14 @@ def view(
     )
 
 
-def final_step(offer: Offer, device: Hardware) -> dict[str, Any]:
-    """The chart of a training step of the final model, beneath the roofline of the devices that share its products."""
+def final_passes(offer: Offer, device: Hardware) -> dict[str, Any]:
+    """The chart of the final model's passes over a micro-batch, beneath the roofline of the devices that share it."""
     arranged = offer.stages[-1][0].arranged
     setting = Setting(batch=arranged.update.micro_rows, devices=arranged.layout.tensor)
     roofline = Roofline(offer.final, device.part(arranged.layout.tensor), setting)
-    phase = roofline.training(arranged.update.sequence_length)
-    return chart(roofline, [("A training step", "training", phase)])
+    step = roofline.training(arranged.update.sequence_length)
+    passes = Phase(tuple(row for row in step.rows if row.name != "optimizer"))  # many passes make an update
+    return chart(roofline, [("Forward and backward", "training", passes)])
 
 
 def _to_the_same_loss(law: Law, prices: Prices, offers: Sequence[Offer]) -> Iterator[Alternative]:

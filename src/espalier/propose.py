@@ -23,7 +23,7 @@ from espalier.budget.sizes import HEADS, depth_of
 from espalier.errors import BudgetError, RecipeError, ResourceError
 from espalier.ledger import Cap, Cost
 from espalier.method import method
-from espalier.offers import ALONE, HERE, Candidate, Offer, PlanRecipe, Prices, final_step, reasons, report, tell, view
+from espalier.offers import ALONE, HERE, Candidate, Offer, PlanRecipe, Prices, final_passes, reasons, report, tell, view
 from espalier.pipeline import PretrainRecipe
 from espalier.recipe import dump
 from espalier.run import PAGE, RESULTS, Run
@@ -69,7 +69,7 @@ def plan(recipe: PlanRecipe, run: Run) -> Path:
     files.write_text(run.folder / PLANNED, text)
     report(run.name, offers).save(run.folder / RESULTS)
     shown = view(run.name, recipe, row, law, prices, offers, why, text)
-    files.write_text(run.folder / PAGE, page.render(shown, "plan.html", roofline=final_step(best, device)))
+    files.write_text(run.folder / PAGE, page.render(shown, "plan.html", roofline=final_passes(best, device)))
     return run.folder / PLANNED
 
 
