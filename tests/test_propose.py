@@ -103,7 +103,7 @@ def test_the_shipped_recipe_is_flm_101bs(tmp_path):
 def test_the_shipped_ladder_trains_what_a_law_wants():
     path = Path(propose.__file__).parent / "recipes" / "budget" / "ladder.yaml"
     trials = recipe.load(LadderRecipe, path, []).trials()
-    fit.require_told([ladder._size(trial) for trial in trials], "size_and_data")
+    fit.require_told([ladder._size(trial) for trial in trials], "size_with_data")
     assert len({flops.parameters(trial.recipe.specs()[-1]) for trial in trials}) == 5
 
 

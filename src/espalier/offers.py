@@ -49,8 +49,8 @@ class PlanRecipe(TrainingRecipe):
     links        how fast devices send; if not stated, the row's link and layouts.BETWEEN_NODES
     law          a law's file, or a published one's name
     furthest     by which factor the range of the law may be left
-    relearned    the share of its way that a model goes again after it has grown in depth: none by our record
-                 (bench/2026-11-24-growth-compare, relearned.py); 1 leaves growth out
+    relearned    the share of its way that a model goes again after it has grown in depth: a fifth by our record
+                 (bench/2026-11-24-plan-ten-minutes); 1 leaves growth out
     parameters   of the final model, about; the best, if not stated
     serving      the traffic that the budget is to pay for as well, once the model is trained
     """
@@ -64,7 +64,7 @@ class PlanRecipe(TrainingRecipe):
     links: Links | None = None
     law: str = "hoffmann-2022"
     furthest: float = Field(default=FURTHEST, ge=1)
-    relearned: float = Field(default=0.0, ge=0, le=1)
+    relearned: float = Field(default=0.2, ge=0, le=1)
     parameters: float | None = Field(default=None, gt=0)
     serving: ServingRecipe | None = None
 

@@ -18,6 +18,8 @@ TRUE = {
     "size": Terms(E=2.0, A=40.0, alpha=0.3),
     "size_and_data": Terms(E=1.7, A=400.0, alpha=0.34, B=410.0, beta=0.28),
     "size_and_data_to_zero": Terms(A=40.0, alpha=0.3, B=60.0, beta=0.25),
+    # Kaplan et al. (arXiv 2001.08361), table 4, with alpha_N / alpha_D as alpha.
+    "size_with_data": Terms(A=8.8e13 ** (0.076 / 0.095), alpha=0.076 / 0.095, B=5.4e13, gamma=0.095),
 }
 SIZES, LENGTHS = np.geomspace(1e6, 1e8, 5), {"size": [1e9]}
 BEYOND = (3e8, 5e9)

@@ -18,7 +18,7 @@ sizes, lengths = st.floats(1e8, 1e10), st.floats(1e10, 4e11)
 
 
 def law(form="size", low=1e5, high=1e7, **more) -> Law:
-    values = {"E": 2.0, "A": 40.0, "alpha": 0.3, "B": 60.0, "beta": 0.25}
+    values = {"E": 2.0, "A": 40.0, "alpha": 0.3, "B": 60.0, "beta": 0.25, "gamma": 0.3}
     return Law(
         form=form,
         values={name: values[name] for name in FORMS[form]},
@@ -34,6 +34,19 @@ def test_the_inverses_lead_back(parameters, tokens):
     loss = HOFFMANN.predict(parameters, tokens).loss
     assert HOFFMANN.parameters_for(loss, tokens) == pytest.approx(parameters, rel=1e-6)
     assert HOFFMANN.tokens_for(loss, parameters) == pytest.approx(tokens, rel=1e-6)
+
+
+@given(st.floats(1e5, 1e9), st.floats(1e6, 1e10), st.floats(1.01, 4))
+def test_under_a_power_a_larger_size_gains_the_more_the_longer_it_is_trained(parameters, tokens, more):
+    """And so it has the more to catch up with by tokens alone, up to what no tokens reach."""
+    kaplan = Terms(A=8.8e13**0.8, alpha=0.8, B=5.4e13, gamma=0.095)
+    loss = kaplan.loss(parameters, tokens)
+    assert kaplan.parameters_for(loss, tokens) == pytest.approx(parameters, rel=1e-4)
+    assert kaplan.tokens_for(loss, parameters) == pytest.approx(tokens, rel=1e-4)
+    ratios = [kaplan.loss(more * parameters, d) / kaplan.loss(parameters, d) for d in (tokens, more * tokens)]
+    assert ratios[1] < ratios[0] < 1
+    assert kaplan.tokens_for(kaplan.loss(parameters, np.inf) * 0.999, parameters) == np.inf
+    assert Terms(E=2.0, A=1.0, B=1.0, gamma=0.5).tokens_for(1.9, 10.0) == np.inf, "below the floor"
 
 
 @given(sizes, lengths, st.floats(1.01, 4))

@@ -31,6 +31,9 @@ Resample = Literal["residuals", "points"]
 Size = tuple[float, float]  # parameters and tokens of a run
 # Which term an exponent belongs to.
 TERM_OF = {"alpha": "A", "beta": "B"}
+# The power of both terms together, and what falls by each exponent.
+GAMMA = "gamma"
+COLUMN_OF = {"alpha": "parameters", "beta": "tokens", GAMMA: "tokens"}
 # Where the search begins: shares of E in the lowest loss, and exponents.
 FLOORS, EXPONENTS = (0.3, 0.8), (0.1, 0.3, 0.8)
 # Steeper laws aren't found in nature; where a search ends beyond, the points don't say where it bends.
@@ -41,15 +44,18 @@ LINE_POINTS, BEYOND = 40, 4.0
 
 @dataclass(frozen=True)
 class _Problem:
-    """Find v such that logsumexp over terms of (design · v) is the log loss: T terms, O observations, V values.
+    """Find v such that gamma · logsumexp over terms of (design · v + offset) is the log loss: T terms, O observations,
+    V values.
 
     v holds log E, the logarithms of the other terms at the centre of the observations, and the exponents, in the order
-    of `names`; so the logarithm of every term is linear in v. `centre` is the mean of log N and of log D.
+    of `names`; so the logarithm of every term is linear in v. `centre` is the mean of log N and of log D, the offset
+    what a term has whose exponent is 1. Gamma is 1 where it isn't among the names.
     """
 
     names: tuple[str, ...]
     centre: dict[str, float]
     design_TOV: np.ndarray
+    offset_TO: np.ndarray
     log_loss_O: np.ndarray
 
     @classmethod
@@ -60,14 +66,18 @@ class _Problem:
             for exponent, column in (("alpha", "parameters"), ("beta", "tokens"))
         }
         centre = {exponent: float(values.mean()) for exponent, values in logs.items()}
-        levels = [name for name in names if name not in logs]
-        design_TOV = np.zeros((len(levels), n, len(names)))
+        levels = [name for name in names if name not in (*logs, GAMMA)]
+        design_TOV, offset_TO = np.zeros((len(levels), n, len(names))), np.zeros((len(levels), n))
         for value, name in enumerate(names):
-            if name in logs:
-                design_TOV[levels.index(TERM_OF[name]), :, value] = centre[name] - logs[name]
-            else:
+            if name in levels:
                 design_TOV[levels.index(name), :, value] = 1.0
-        return cls(names, centre, design_TOV, np.log([one.loss for one in observations]))
+        for exponent, term in TERM_OF.items():
+            falls = centre[exponent] - logs[exponent]
+            if exponent in names:
+                design_TOV[levels.index(term), :, names.index(exponent)] = falls
+            elif term in levels:
+                offset_TO[levels.index(term)] = falls
+        return cls(names, centre, design_TOV, offset_TO, np.log([one.loss for one in observations]))
 
     def starts(self) -> set[tuple[float, ...]]:
         least, mean = np.exp(self.log_loss_O.min()), np.exp(self.log_loss_O.mean())
@@ -75,6 +85,9 @@ class _Problem:
         for share, alpha, beta in itertools.product(FLOORS, EXPONENTS, EXPONENTS):
             level = math.log((mean - share * least) / 2)
             guess = {"E": math.log(share * least), "A": level, "alpha": alpha, "B": level, "beta": beta}
+            if GAMMA in self.names:  # what is under the power is as much steeper, and there is no floor
+                level = self.log_loss_O.mean() / beta - math.log(2)
+                guess |= {"A": level, "alpha": alpha / beta, "B": level, GAMMA: beta}
             starts.add(tuple(guess[name] for name in self.names))
         return starts
 
@@ -90,27 +103,37 @@ class _Problem:
 
     def expected_O(self, guess_V: np.ndarray) -> np.ndarray:
         """Log loss by a guess."""
-        return np.logaddexp.reduce(self.design_TOV @ guess_V)
+        return self._gamma(guess_V) * np.logaddexp.reduce(self._terms_TO(guess_V))
 
     def values(self, guess_V: np.ndarray) -> dict[str, float]:
         """A guess by the names of the law, at N and D as they are."""
         by_name = dict(zip(self.names, map(float, guess_V), strict=True))
-        slopes = {TERM_OF[name]: by_name[name] * self.centre[name] for name in TERM_OF if name in by_name}
+        slopes = {term: by_name.get(exponent, 1.0) * self.centre[exponent] for exponent, term in TERM_OF.items()}
         return {
-            name: value if name in TERM_OF else math.exp(value + slopes.get(name, 0.0))
+            name: value if name in COLUMN_OF else math.exp(value + slopes.get(name, 0.0))
             for name, value in by_name.items()
         }
 
     def exponents(self, guess_V: np.ndarray) -> dict[str, float]:
-        return {name: float(value) for name, value in zip(self.names, guess_V, strict=True) if name in TERM_OF}
+        return {name: float(value) for name, value in zip(self.names, guess_V, strict=True) if name in COLUMN_OF}
+
+    def _gamma(self, guess_V: np.ndarray) -> float:
+        return guess_V[self.names.index(GAMMA)] if GAMMA in self.names else 1.0
+
+    def _terms_TO(self, guess_V: np.ndarray) -> np.ndarray:
+        return self.design_TOV @ guess_V + self.offset_TO
 
     def _error_O(self, guess_V: np.ndarray) -> np.ndarray:
         return self.expected_O(guess_V) - self.log_loss_O
 
     def _slopes_OV(self, guess_V: np.ndarray) -> np.ndarray:
         """A term counts by its share of the loss."""
-        shares_TO = np.exp(self.design_TOV @ guess_V - self.expected_O(guess_V))
-        return np.einsum("to,tov->ov", shares_TO, self.design_TOV)
+        terms_TO = self._terms_TO(guess_V)
+        sum_O = np.logaddexp.reduce(terms_TO)
+        slopes_OV = self._gamma(guess_V) * np.einsum("to,tov->ov", np.exp(terms_TO - sum_O), self.design_TOV)
+        if GAMMA in self.names:
+            slopes_OV[:, self.names.index(GAMMA)] = sum_O
+        return slopes_OV
 
 
 def fit(
@@ -162,7 +185,12 @@ def _draw(
         elif _untold([sizes[at] for at in chosen], form):
             continue
         else:
-            sample = replace(problem, design_TOV=problem.design_TOV[:, chosen], log_loss_O=problem.log_loss_O[chosen])
+            sample = replace(
+                problem,
+                design_TOV=problem.design_TOV[:, chosen],
+                offset_TO=problem.offset_TO[:, chosen],
+                log_loss_O=problem.log_loss_O[chosen],
+            )
         found = sample.search([best.x])
         if max(map(abs, sample.exponents(found.x).values())) < STEEPEST:
             return tuple(sample.values(found.x).values())
@@ -180,11 +208,11 @@ def _untold(sizes: Sequence[Size], form: Form) -> str | None:
     least = 3 if "E" in names else 2  # a power over a floor has three values, without it two
     parameters, tokens = (set(values) for values in zip(*sizes, strict=True))
     for exponent, column, values in (("alpha", "parameters", parameters), ("beta", "tokens", tokens)):
-        if exponent in names and len(values) < least:
+        if TERM_OF[exponent] in names and len(values) < least:
             return f"{len(values)} different numbers of {column} where {least} are needed"
-    if "beta" not in names and len(set(sizes)) > len(parameters):
+    if "B" not in names and len(set(sizes)) > len(parameters):
         return "runs of one size on different numbers of tokens, which the form doesn't know"
-    if "beta" in names and abs(np.corrcoef(np.log(sizes).T)[0, 1]) > 0.999:
+    if "B" in names and abs(np.corrcoef(np.log(sizes).T)[0, 1]) > 0.999:
         return "tokens that follow from the parameters"
     return None
 
@@ -203,9 +231,8 @@ def require_told(sizes: Sequence[Size], form: Form) -> None:
 def _require_falling(exponents: dict[str, float]) -> None:
     for name, value in exponents.items():
         if not _falls(value):
-            column = {"alpha": "parameters", "beta": "tokens"}[name]
             raise DataError(
-                f"points: {column}",
+                f"points: {COLUMN_OF[name]}",
                 found=f"{name} = {value:.3g}: the loss doesn't fall with them as a law does",
                 expected=f"an exponent between 0 and {STEEPEST:g}",
                 mend="Check the losses, and that each size has a rate that suits it; add runs that differ more.",

@@ -1,9 +1,10 @@
 """Scaling: loss as a function of parameters N and tokens D, and what follows from it. Arithmetic only.
 
-    loss = E + A N^-alpha + B D^-beta        nats a token
+    loss = E + (A N^-alpha + B D^-beta)^gamma        nats a token
 
-E is what is left at any size, A and B what too few parameters and too few tokens cost. Which of the terms there are
-is a law's form. `fit.py` finds their values; laws/ holds published ones.
+E is what is left at any size, A and B what too few parameters and too few tokens cost. Where gamma is 1 the two costs
+add up; below 1 a larger size gains the more, the longer it is trained. Which of the values there are is a law's form.
+`fit.py` finds them; laws/ holds published ones, and that of the default corpus.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from espalier.recipe import Recipe
 from espalier.report import Report
 from espalier.run import RESULTS, Run
 
-Form = Literal["size", "size_and_data", "size_and_data_to_zero"]
+Form = Literal["size", "size_and_data", "size_and_data_to_zero", "size_with_data"]
 FORMS: dict[Form, tuple[str, ...]] = {
     "size": ("E", "A", "alpha"),  # mu-Scaling, written there a N^b + c: arXiv 2304.06875
     "size_and_data": ("E", "A", "alpha", "B", "beta"),  # Hoffmann et al.: arXiv 2203.15556
     "size_and_data_to_zero": ("A", "alpha", "B", "beta"),  # the densing law: arXiv 2412.04315
+    "size_with_data": ("A", "alpha", "B", "gamma"),  # Kaplan et al.: arXiv 2001.08361, equation 1.5
 }
 SHIPPED = Path(__file__).with_name("laws")
 # A prediction further outside the fitted range than this factor is refused unless more is asked for.
@@ -38,25 +40,32 @@ INTERVAL = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Terms:
-    """The values of a law, each a number or an array with one for each draw; a term that is left out is zero."""
+    """The values of a law, each a number or an array with one for each draw; a term that is left out is zero, an
+    exponent 1.
+    """
 
     E: Any = 0.0
     A: Any = 0.0
     alpha: Any = 1.0
     B: Any = 0.0
     beta: Any = 1.0
+    gamma: Any = 1.0
 
     def loss(self, parameters: Any, tokens: Any) -> Any:
         """Nats a token."""
-        return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
+        return self.E + (self.A * parameters**-self.alpha + self.B * tokens**-self.beta) ** self.gamma
 
     def parameters_for(self, loss: Any, tokens: Any) -> Any:
         """How many parameters give a loss; infinite where none do."""
-        return _size_of(self.A, self.alpha, loss - self.E - self.B * tokens**-self.beta)
+        return _size_of(self.A, self.alpha, self._costs(loss) - self.B * tokens**-self.beta)
 
     def tokens_for(self, loss: Any, parameters: Any) -> Any:
         """How many tokens give a loss; infinite where none do."""
-        return _size_of(self.B, self.beta, loss - self.E - self.A * parameters**-self.alpha)
+        return _size_of(self.B, self.beta, self._costs(loss) - self.A * parameters**-self.alpha)
+
+    def _costs(self, loss: Any) -> Any:
+        """What too few parameters and tokens cost together, before gamma; 0 where the loss is below E."""
+        return np.maximum(loss - self.E, 0.0) ** (1 / self.gamma)
 
 
 def _size_of(factor: Any, exponent: Any, term: Any) -> Any:
