@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/espalier demo || [ $$? -eq 10 ]
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -145,6 +145,16 @@ def test_reasons_stand_above_the_recipe_and_on_the_page(tmp_path):
     assert page.count("to the plan&#39;s loss; on this budget it comes to") >= 2, "sizes from scratch that get there"
 
 
+@pytest.mark.parametrize(
+    "more, word",
+    [({}, "espalier launch slurm {} --hardware h100-80g"), ({"devices": 8}, "one device so far")],
+    ids=["one", "several"],
+)
+def test_what_carries_the_plan_out_is_told_last(tmp_path, more, word):
+    *_, said = planned(tmp_path / "plan", **more)
+    assert word.format(tmp_path / "plan" / "planned.yaml") in said.splitlines()[-1]
+
+
 def test_the_page_shows_what_bounds_a_pass_of_the_final_model(tmp_path):
     planned(tmp_path / "plan", devices=8)
     text = (tmp_path / "plan" / PAGE).read_text()

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from espalier import story, units
 from espalier.errors import RunError
 from espalier.ledger import Cap, Ledger
 from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RESULTS
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS
 from espalier.story import Story, tell, tell_plan, write_page
 
 
@@ -164,3 +165,23 @@ def test_energy_that_was_metered_is_called_measured(copy_of_finished):
     (copy_of_finished / LEDGER).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert Story(copy_of_finished).basis("kwh") == "measured"
     assert Story(copy_of_finished).basis("usd") == "estimated"
+
+
+@pytest.mark.parametrize("off, word", [(0.1, "inside"), (-0.1, "inside"), (0.5, "outside")])
+def test_what_a_law_expected_is_set_against_what_the_run_came_to(copy_of_finished, capsys, off, word):
+    loss = Report.load(copy_of_finished / RESULTS).value("held-out", "loss")
+    values = yaml.safe_load((copy_of_finished / RECIPE).read_text())
+    values["expected"] = {"loss": loss - off, "low": loss - off - 0.2, "high": loss - off + 0.2}
+    (copy_of_finished / RECIPE).write_text(yaml.safe_dump(values))
+    (row,) = (row for row in Story(copy_of_finished).plan_rows() if row.quantity == "Held-out loss")
+    assert (row.planned, row.actual, row.basis) == (loss - off, loss, "measured")
+    (note,) = (note for note in Story(copy_of_finished).notes() if note.startswith("Held-out loss"))
+    assert word in note and f"{off:+.3f} from the {loss - off:.3f}" in note
+    tell(copy_of_finished)
+    assert note in capsys.readouterr().out
+    assert note in write_page(copy_of_finished).read_text()
+
+
+def test_without_an_expectation_nothing_is_said_of_it(told):
+    assert not any(row.quantity == "Held-out loss" for row in told.plan_rows())
+    assert [note for note in told.notes() if not note.startswith("Where the time went")] == []

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -270,6 +271,15 @@ def tell(offers: Sequence[Offer]) -> None:
             offer.told(),
         )
     Console().print(table)
+
+
+def next_step(recipe: PlanRecipe, planned: Path) -> str:
+    """What carries the plan out."""
+    if recipe.hardware == HERE:
+        return f"Carry it out with: espalier run {planned}"
+    if recipe.devices == 1:
+        return f"Carry it out with: espalier launch slurm {planned} --hardware {recipe.hardware} (or skypilot)"
+    return "Espalier trains on one device so far: of a plan for several it can't carry out more than a part."
 
 
 def report(name: str, offers: Sequence[Offer]) -> Report:

@@ -23,7 +23,20 @@ from espalier.budget.sizes import HEADS, depth_of
 from espalier.errors import BudgetError, RecipeError, ResourceError
 from espalier.ledger import Cap, Cost
 from espalier.method import method
-from espalier.offers import ALONE, HERE, Candidate, Offer, PlanRecipe, Prices, final_passes, reasons, report, tell, view
+from espalier.offers import (
+    ALONE,
+    HERE,
+    Candidate,
+    Offer,
+    PlanRecipe,
+    Prices,
+    final_passes,
+    next_step,
+    reasons,
+    report,
+    tell,
+    view,
+)
 from espalier.pipeline import PretrainRecipe
 from espalier.recipe import dump
 from espalier.run import PAGE, RESULTS, Run
@@ -65,6 +78,7 @@ def plan(recipe: PlanRecipe, run: Run) -> Path:
     why = list(reasons(recipe, law, row, offers, planned.train.batch_tokens))
     run.tell("\n".join(why))
     tell(offers)
+    run.tell(next_step(recipe, run.folder / PLANNED))
     text = "".join(f"# {reason}\n" for reason in why) + dump(planned)
     files.write_text(run.folder / PLANNED, text)
     report(run.name, offers).save(run.folder / RESULTS)
