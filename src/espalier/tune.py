@@ -70,7 +70,8 @@ class TuneRecipe(Recipe):
     run       the run to find values for, as in `espalier run`: it needs muP, and its own values are the first trial
     width     hidden_size of the proxy, which is otherwise alike: its layers are those of the last stage, and heads,
               key-value heads and feed-forward keep their ratios to the width
-    duration  of each trial: '500k tokens' or '2e11 flops'
+    duration  of each trial: '500k tokens' or '2e11 flops'; as many updates as the run will have, or the rate that is
+              found is too high for it (LOG.md)
     axes      keys of `run` and the spans that they are searched in, [low, high], on a logarithmic scale; if none are
               stated, learning rate, gain of the initial values and output multiplier, each from an eighth of the run's
               own value to eight times it. The rate of vectors keeps its ratio to that of matrices unless it is an axis

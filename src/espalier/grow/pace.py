@@ -50,7 +50,6 @@ class Pace:
     ) -> None:
         self.run, self.plan, self.durations = run, plan, durations
         self.share, self.growth, self.end, self.keep = share, growth, end, keep
-
         self._paces: list[float] = []
 
     def __call__(self, state: State, step: Step) -> None:
