@@ -112,12 +112,15 @@ def test_without_a_budget_there_is_nothing_to_keep_to(make_run):
     assert case.adapted(changed=True) is case.first
 
 
-def test_the_end_is_let_be(make_run):
+@pytest.mark.parametrize("seconds", [0.5, 3.0])
+def test_the_end_is_shortened_but_not_stretched(make_run, seconds):
     """What is kept back isn't spent on the last steps, and the decay doesn't begin again."""
-    case = Case(make_run(seconds=1000.0), "30%", "70%", seconds=0.5)
-    last = case.first.steps - 1
-    late = Case(make_run(seconds=1000.0), "30%", "70%", step=last, seconds=0.5)
-    assert late.adapted() is late.first
+    first = Case(make_run(seconds=1000.0), "30%", "70%").first
+    late = Case(make_run(seconds=1000.0), "30%", "70%", step=first.steps - 100)
+    late.run.ledger.add(Entry("train", Cost(seconds=80.0)))  # so that not much is left
+    late.pace.adapt(late.progress, seconds)
+    assert (late.pace.plan.steps < first.steps) if seconds > 1 else (late.pace.plan is late.first)
+    late.pace.adapt(Progress(step=late.pace.plan.steps, stage=1), seconds)
 
 
 def test_it_looks_every_twentieth_of_the_way_and_at_the_end_of_a_stage(make_run):

@@ -162,7 +162,8 @@ def test_whatever_the_pace_a_run_grows_and_ends_within_its_budget(make_run, sett
     recipe, run, kept = recipe_of(*SHARES), make_run(seconds=120.0), []
     clock.step = step
     made = timed(recipe, run.ledger.cap)
-    outcome = grow_run(recipe, made, replace(setting_of(run), keep=kept.append, share=0.05))
+    told = replace(setting_of(run), keep=kept.append, share=0.05, evaluation=Cost(seconds=1.0), end=Cost(seconds=2.0))
+    outcome = grow_run(recipe, made, told)
     assert (outcome.ending, outcome.state.progress.stage) == ("done", 1)
     assert run.ledger.total.seconds <= 120.0
     assert steps[0] <= outcome.state.progress.step <= steps[1]

@@ -81,7 +81,7 @@ class Pace:
         changed  whether the budget or its prices were, so that what is counted has to be looked at, too
         """
         left = self.plan.left(progress.step)
-        if left.flops < STRETCH * self.plan.total.flops:
+        if not left.flops:
             return
         need = self.run.rates.cost(left.seconds * seconds, tokens=left.tokens, flops=left.flops)
         affordable = self._affordable(len(self.plan.stages) - 1 - progress.stage)
@@ -90,7 +90,7 @@ class Pace:
         if not share or (share == counted and not changed):
             return
         factor = 1 / share
-        if abs(factor - 1) <= DRIFT or (factor > 1 and not self._may_be_stretched(progress.stage)):
+        if abs(factor - 1) <= DRIFT or (factor > 1 and not self._may_be_stretched(progress)):
             return
         self.plan = self.plan.stretched(factor, progress.step)
         self.keep(self.plan)
@@ -107,8 +107,10 @@ class Pace:
 
         return Cap(**{name: affordable(name) for name in RESOURCES})
 
-    def _may_be_stretched(self, stage: int) -> bool:
-        return all(duration.unit == "share" for duration in self.durations[stage:])
+    def _may_be_stretched(self, progress: Progress) -> bool:
+        """Shares may, until the last twentieth: what was kept back isn't for training, nor a rate that has fallen."""
+        early = self.plan.left(progress.step).flops >= STRETCH * self.plan.total.flops
+        return early and all(duration.unit == "share" for duration in self.durations[progress.stage :])
 
     def _tell(self, progress: Progress, seconds: float, factor: float) -> None:
         steps = self.plan.steps

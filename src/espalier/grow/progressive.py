@@ -207,7 +207,7 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         recipe.durations(),
         share=setting.share,
         growth=setting.evaluation * 2,
-        end=setting.evaluation + setting.end,
+        end=setting.reserve,
         keep=setting.keep,
     )
     if state.progress.step:
