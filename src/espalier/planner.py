@@ -81,7 +81,6 @@ class Settled:
     """What is going to be done, and with what: a plan, the way to compute, the machine and its prices.
 
     first    the plan that the run began with
-    cap      what the plan is for
     changed  whether the budget or its prices have been changed since the plan was kept
     """
 
@@ -89,7 +88,6 @@ class Settled:
     device: Device
     machine: Machine
     first: Plan
-    cap: Cap
     changed: bool = False
 
     def keep(self, run: Run) -> None:
@@ -97,7 +95,7 @@ class Settled:
         values = {
             "plan": self.plan.to_json(),
             "first": self.first.to_json(),
-            "cap": self.cap.stated(),
+            "cap": run.ledger.cap.stated(),
             "device": asdict(self.device),
             "hardware": asdict(self.machine.hardware),
             "rates": asdict(self.machine.rates),
@@ -139,7 +137,6 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
             Device(**kept["device"]),
             here,
             Plan.from_json(kept["first"]),
-            run.ledger.cap,
             changed=made_for != (run.ledger.cap, here.rates),
         )
     require_memory(recipe, here.hardware)
@@ -153,7 +150,7 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
         if recipe.train.torch_compile == "on" or _seconds(made, recipe, faster) < _seconds(made, recipe, speeds):
             device, speeds = compiled, faster
             made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
-    return Settled(made, device, here, made, run.ledger.cap)
+    return Settled(made, device, here, made)
 
 
 def speeds(recipe: PlannedRecipe, here: Machine, specs: Sequence[ModelSpec], seconds: float) -> list[Speed]:
