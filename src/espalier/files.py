@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from espalier.errors import ResourceError, UserError
 
@@ -49,6 +49,17 @@ def digest(value: object) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text in one step."""
     write_bytes(path, text.encode())
+
+
+def cut_torn_line(file: IO[bytes]) -> None:
+    """Truncate a file, opened for reading and writing, to its whole lines: a crash may have cut the last one short."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

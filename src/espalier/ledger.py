@@ -11,8 +11,9 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from espalier import files
 from espalier.errors import RunError
 
 RESOURCES = ("tokens", "flops", "seconds", "usd", "kwh", "kgco2e")
@@ -120,7 +121,7 @@ class Ledger:
         """Append an entry; it is on the disk when this returns. A last line that was cut short is removed first."""
         line = (entry.to_json() + "\n").encode()
         with self.path.open("a+b") as file:
-            _cut_torn_line(file)
+            files.cut_torn_line(file)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -155,17 +156,6 @@ def _entry(path: Path, number: int, line: bytes) -> Entry:
             expected="a ledger that only Espalier writes",
             mend="Restore the file, or delete the line and with it what it says was spent.",
         ) from None
-
-
-def _cut_torn_line(file: IO[bytes]) -> None:
-    """Truncate a file to its whole lines."""
-    size = file.seek(0, os.SEEK_END)
-    if not size:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read() != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _share(amount: float, cap: float) -> float:

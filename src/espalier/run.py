@@ -148,14 +148,15 @@ class Run:
         """Time since the last entry; what a new process needed to get here counts too."""
         return time.monotonic() - self._charged_until
 
-    def charge(self, kind: str, *, tokens: float = 0.0, flops: float = 0.0, **where: Any) -> Cost:
+    def charge(self, kind: str, *, tokens: float = 0.0, flops: float = 0.0, usd: float = 0.0, **where: Any) -> Cost:
         """Enter the work stated, and all the time since the last entry, as `kind`: so no second goes uncounted.
 
-        `tokens` are training tokens; evaluation states its FLOPs alone.
+        `tokens` are training tokens; evaluation states its FLOPs alone. `usd` is what others bill, besides the time.
         """
         seconds = self.uncharged_seconds
         self._charged_until += seconds
         cost, measured = self.rates.cost(seconds, tokens=tokens, flops=flops), self.rates.measured
+        cost = replace(cost, usd=cost.usd + usd)
         if self.energy is not None:
             reading = self.energy()
             kwh, self._kwh = reading - self._kwh, reading

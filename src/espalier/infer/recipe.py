@@ -1,0 +1,36 @@
+"""Whom to ask, as a recipe says it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from espalier.recipe import Recipe
+
+
+class LocalRecipe(Recipe):
+    """How a model folder answers in this process."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: that of the weights")
+    batch_tokens: int = Field(default=4096, gt=0, description="most tokens of one pass")
+    threads: int | None = Field(default=None, gt=0, description="of the CPU; those that are free if not stated")
+
+
+class RemoteRecipe(Recipe):
+    """How a model behind a URL is asked, and what its tokens cost."""
+
+    api: Literal["completions", "chat"] = "completions"
+    concurrency: int = Field(default=8, gt=0, description="requests at a time")
+    deadline_seconds: float = Field(default=300.0, gt=0, description="of one answer, its retries included")
+    usd_per_million_prompt_tokens: float = Field(default=0.0, ge=0)
+    usd_per_million_completion_tokens: float = Field(default=0.0, ge=0)
+
+
+class EngineRecipe(Recipe):
+    """A model folder, or a model's name at an OpenAI-compatible URL such as http://localhost:8000/v1."""
+
+    model: str = Field(min_length=1)
+    url: str = ""
+    local: LocalRecipe = LocalRecipe()
+    remote: RemoteRecipe = RemoteRecipe()
