@@ -39,7 +39,8 @@ class Item:
     tags: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert not self.options or self.options.count(self.gold) == 1, f"{self.task}: gold isn't one of the options"
+        if self.options and self.options.count(self.gold) != 1:
+            raise ValueError(f"gold {self.gold!r} isn't one of the options, once")
 
     @cached_property
     def id(self) -> str:
@@ -114,11 +115,12 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 def _read(kind: Any, path: Path, number: int, line: str) -> Any:
     try:
         return TypeAdapter(kind).validate_json(line)
-    except (ValidationError, AssertionError) as error:
-        complaint = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+    except ValidationError as error:
+        complaint = error.errors()[0]
+        key = ".".join(map(str, complaint["loc"]))
         raise DataError(
-            f"{path}:{number}",
-            found=f"{'.'.join(map(str, complaint['loc']))}: {complaint['msg']}".lstrip(": "),
+            f"{path}:{number}" + (f": {key}" if key else ""),
+            found=complaint["msg"].removeprefix("Value error, "),
             expected=f"an {kind.__name__.lower()} in JSON",
             mend="Mend the line.",
         ) from None
