@@ -1,3 +1,8 @@
 """Finding out what a model can do."""
 
-METHODS = {"loss": "loss:evaluate_loss", "density": "density:evaluate_density"}
+METHODS = {
+    "tasks": "tasks:evaluate_tasks",
+    "loss": "loss:evaluate_loss",
+    "density": "density:evaluate_density",
+}
+DEFAULT = "tasks"
