@@ -60,6 +60,20 @@ class Document:
 
     def judge(self, answers: Sequence[Answer]) -> Outcome:
         """The task's own scores, by metric and filter, of those metrics that are means over documents."""
+        options = answers[: len(self._options)]
+        return Outcome(
+            task=self.task,
+            id=self.id,
+            scores=guarded(self.task, partial(self._scores, answers)),
+            said=(options[best([answer.logprob for answer in options])] if options else answers[0]).text,
+            gold=self._gold([answer.text for answer in options]),
+            chance=1 / len(options) if options else 0.0,
+            prompt_tokens=answers[0].prompt_tokens,
+            completion_tokens=sum(answer.completion_tokens for answer in answers),
+            logprobs=tuple(answer.logprob for answer in options),
+        )
+
+    def _scores(self, answers: Sequence[Answer]) -> dict[str, float]:
         fresh = {id(instance): replace(instance, resps=[], filtered_resps={}) for instance in self.instances}
         for instance, answer in zip(self._repeated, answers, strict=True):
             fresh[id(instance)].resps.append(response(instance, answer))
@@ -69,18 +83,7 @@ class Document:
         for name in judged[0].filtered_resps:
             found = self.of.process_results(judged[0].doc, [instance.filtered_resps[name] for instance in judged])
             scores |= {label(metric, name): float(value) for metric, value in found.items() if self._is_mean(metric)}
-        options = answers[: len(self._options)]
-        return Outcome(
-            task=self.task,
-            id=self.id,
-            scores=scores,
-            said=(options[best([answer.logprob for answer in options])] if options else answers[0]).text,
-            gold=self._gold([answer.text for answer in options]),
-            chance=1 / len(options) if options else 0.0,
-            prompt_tokens=answers[0].prompt_tokens,
-            completion_tokens=sum(answer.completion_tokens for answer in answers),
-            logprobs=tuple(answer.logprob for answer in options),
-        )
+        return scores
 
     @property
     def _repeated(self) -> list[Instance]:
@@ -125,14 +128,12 @@ class Suite:
         specs = _specs(names, include_path)
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
-        loaded = _guarded(", ".join(names), partial(specs.manager.load, specs.found))
+        loaded = guarded(", ".join(names), partial(specs.manager.load, specs.found))
         tasks = loaded["tasks"]
         for name, task in tasks.items():
             _require_possible(name, task, unsafe_code)
             _set_shots(task, num_fewshot)
-        documents = {
-            name: _guarded(name, lambda task=task: _built(task, harness, chat)) for name, task in tasks.items()
-        }
+        documents = {name: guarded(name, lambda task=task: _built(task, harness, chat)) for name, task in tasks.items()}
         return cls(tasks, loaded["groups"], documents)
 
     def results(self, answered: Mapping[str, AbstractSet[int]], harness: Harness) -> dict[str, Any]:
@@ -141,13 +142,9 @@ class Suite:
         for name, numbers in chosen.items():
             self._hand_in(name, numbers)
         some = {name: numbers for name, numbers in chosen.items() if len(numbers) < len(self.documents[name])}
-        return evaluate(
-            harness,
-            {"tasks": {name: self.tasks[name] for name in chosen}, "groups": self.groups},
-            samples=some,
-            bootstrap_iters=BOOTSTRAPS,
-            confirm_run_unsafe_code=True,
-        )
+        loaded = {"tasks": {name: self.tasks[name] for name in chosen}, "groups": self.groups}
+        told = {"samples": some, "bootstrap_iters": BOOTSTRAPS, "confirm_run_unsafe_code": True}
+        return guarded(", ".join(chosen), partial(evaluate, harness, loaded, **told))
 
     def _hand_in(self, name: str, numbers: Sequence[int]) -> None:
         """Have the evaluator take the instances that are there, numbered among the chosen documents, and build none."""
@@ -157,7 +154,7 @@ class Suite:
             for place, number in enumerate(numbers)
             for instance in documents[number].instances
         ]
-        task.build_all_requests = lambda **_: None
+        task.build_all_requests = _no_more
 
     def hashes(self, name: str) -> dict[str, Any]:
         """What tells a task from another of its name: of its configuration and documents, and of its prompts."""
@@ -192,8 +189,9 @@ def _specs(names: Sequence[str], include_path: Sequence[Path]) -> _Specs:
             raise RecipeError(
                 "include_path", found=str(folder), expected="a folder of YAML tasks", mend="Name one that is there."
             )
-    listed = [name for name in names if not name.startswith(ITEMS) and not Path(name).is_file()]
-    paths = [lm_tasks.PATH, *include_path, *(Path(name).parent for name in names if Path(name).is_file())]
+    yaml = [Path(name) for name in names if name.endswith((".yaml", ".yml")) and Path(name).is_file()]
+    listed = [name for name in names if not name.startswith(ITEMS) and Path(name) not in yaml]
+    paths = [lm_tasks.PATH, *include_path, *(path.parent for path in yaml)]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not _complete(manager, listed):  # lm-eval's own are thousands of files
         manager = TaskManager(include_path=paths)
@@ -229,7 +227,7 @@ def _unknown(name: str, manager: TaskManager) -> list[str]:
     )
 
 
-def _guarded(where: str, load: Callable[[], Any]) -> Any:
+def guarded(where: str, load: Callable[[], Any]) -> Any:
     """The outcome of `load`. A task is other people's code and data, in which anything may go wrong."""
     try:
         return load()
@@ -260,6 +258,14 @@ def _require_possible(name: str, task: Task, unsafe_code: bool) -> None:
         raise RecipeError(
             f"tasks: {name}", found="pictures or sounds", expected="text alone", mend="Leave the task out."
         )
+    for metric, aggregation in task.aggregation().items():
+        if not callable(aggregation):  # lm-eval would tell when all is asked and paid for
+            raise DataError(
+                f"tasks: {name}",
+                found=f"no aggregation of {metric}",
+                expected="one that lm-eval knows, such as mean",
+                mend="Mend the task's metric_list.",
+            )
 
 
 def _set_shots(task: Task, num_fewshot: int | None) -> None:
@@ -278,6 +284,10 @@ def _built(task: Task, harness: Harness, chat: bool) -> list[Document]:
         tokenizer_name=harness.tokenizer_name if chat else "",
     )
     return list(_documents(task))
+
+
+def _no_more(**_: Any) -> None:
+    """In the place of a task's `build_all_requests`."""
 
 
 def _documents(task: Task) -> Iterator[Document]:
