@@ -1,3 +1,3 @@
 """Finding out what a model can do."""
 
-METHODS = {"loss": "loss:evaluate_loss", "density": "density:evaluate_density"}
+METHODS = {"loss": "loss:evaluate_loss", "density": "density:evaluate_density", "iq": "iq.verb:evaluate_iq"}

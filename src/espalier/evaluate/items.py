@@ -86,7 +86,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 
 def read_items(path: Path) -> list[Item]:
     """The items of a JSON lines file; `DataError` with the line of one that isn't an item."""
-    return [_read(Item, path, number, line) for number, line in _lines(path)]
+    return [_read(Item, path, number, line) for number, line in read_lines(path)]
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -96,10 +96,11 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """What `write_outcomes` wrote."""
-    return [_read(Outcome, path, number, line) for number, line in _lines(path)]
+    return [_read(Outcome, path, number, line) for number, line in read_lines(path)]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of a file's lines that aren't empty; `DataError` when it can't be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
