@@ -23,18 +23,21 @@ def multiple_key_retrieval(draw: random.Random, setting: Setting) -> Question:
 def single_supporting_fact(draw: random.Random, setting: Setting) -> Question:
     """Where a person is who went somewhere, as many others did; lengths are sentences."""
     said, total = setting.phrases, setting.length(draw)
-    person, *others = draw.sample(setting.half(said.names), len(setting.half(said.names)))
-    places = setting.half(said.places)
-    went = draw.sample(places, draw.randint(1, min(2, total - 1)))
+    person, *others = _shuffled(draw, setting.half(said.names))
+    went = draw.sample(setting.half(said.places), draw.randint(1, min(2, total - 1)))
     relevant = [said.goes.format(name=person, place=place) for place in went]
-    return _located(draw, setting, relevant, others, total, person, went[-1])
+    besides = _journeys(draw, setting, others, total - len(relevant), went[-1])
+    return _located(draw, setting, relevant, besides, person, went[-1])
 
 
 def two_supporting_facts(draw: random.Random, setting: Setting) -> Question:
-    """Where a thing is that somebody took along, and perhaps put down on the way; lengths are sentences."""
+    """Where a thing is that somebody took along, and perhaps put down on the way; lengths are sentences.
+
+    Others take other things.
+    """
     said, total = setting.phrases, setting.length(draw)
-    person, *others = draw.sample(setting.half(said.names), len(setting.half(said.names)))
-    thing = draw.choice(setting.half(said.things))
+    person, *others = _shuffled(draw, setting.half(said.names))
+    thing, *things = _shuffled(draw, setting.half(said.things))
     taken, reached, left_for = draw.sample(setting.half(said.places), 3)
     relevant = [
         said.goes.format(name=person, place=taken),
@@ -46,28 +49,31 @@ def two_supporting_facts(draw: random.Random, setting: Setting) -> Question:
             said.drops.format(name=person, thing=thing),
             said.goes.format(name=person, place=left_for),
         ]
-    return _located(draw, setting, relevant, others, total, thing, reached)
+    besides = _journeys(draw, setting, others, total - len(relevant), reached)
+    for place, other in zip(range(1, len(besides), 3), things, strict=False):
+        besides[place] = said.takes.format(name=draw.choice(others), thing=other)
+    return _located(draw, setting, relevant, besides, thing, reached)
+
+
+def _journeys(draw: random.Random, setting: Setting, names: Sequence[str], count: int, place: str) -> list[str]:
+    """Sentences about people who go somewhere, the first of them elsewhere than to `place`: so there is a choice."""
+    places = setting.half(setting.phrases.places)
+    reached = [draw.choice([other for other in places if other != place]), *draw.choices(places, k=count - 1)]
+    return [setting.phrases.goes.format(name=draw.choice(names), place=where) for where in reached]
 
 
 def _located(
-    draw: random.Random,
-    setting: Setting,
-    relevant: Sequence[str],
-    others: Sequence[str],
-    total: int,
-    what: str,
-    place: str,
+    draw: random.Random, setting: Setting, relevant: Sequence[str], besides: Sequence[str], what: str, place: str
 ) -> Question:
-    """The question where something is, after the relevant sentences and those about others; its options are the
-    places that are named."""
-    said, places = setting.phrases, setting.half(setting.phrases.places)
-    elsewhere = [other for other in places if other != place]
-    # The first goes elsewhere, so that there is always a choice.
-    gone = [draw.choice(elsewhere), *draw.choices(places, k=total - len(relevant) - 1)]
-    distractors = [said.goes.format(name=draw.choice(others), place=where) for where in gone]
-    text = said.gap.join(_interleaved(draw, relevant, distractors))
-    options = tuple(f" {other}" for other in places if other in text)
+    """Where something is, after what matters and what doesn't; the options are the places that are named."""
+    said = setting.phrases
+    text = said.gap.join(_interleaved(draw, relevant, besides))
+    options = tuple(f" {other}" for other in setting.half(said.places) if other in text)
     return Question(f"{text}\n{said.where.format(what=what)}\n{said.answer}", f" {place}", options)
+
+
+def _shuffled(draw: random.Random, values: Sequence[str]) -> list[str]:
+    return draw.sample(values, len(values))
 
 
 def _interleaved(draw: random.Random, some: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ SHOWN_TERMS = 3
 def counting(draw: random.Random, setting: Setting) -> Question:
     """Go on counting from the third number to the last one; lengths are the numbers to be written."""
     step, terms = draw.randint(1, 9), SHOWN_TERMS + setting.length(draw)
-    start = setting.number(draw, 10, 1000)
+    start = setting.number(draw, 10, 10_000)
     numbers = [str(start + step * place) for place in range(terms)]
     rule = setting.phrases.count.format(start=start, end=numbers[-1], step=step)
     shown, rest = (", ".join(part) for part in (numbers[:SHOWN_TERMS], numbers[SHOWN_TERMS:]))
@@ -33,13 +33,14 @@ def replace_lowercase(draw: random.Random, setting: Setting) -> Question:
 
 def replace_word(draw: random.Random, setting: Setting) -> Question:
     """One word becomes another wherever it is; lengths are words."""
-    old, new, *others = draw.sample(setting.half(setting.phrases.words), len(setting.half(setting.phrases.words)))
+    words = setting.half(setting.phrases.words)
+    old, new, *others = draw.sample(words, len(words))
 
     def pair() -> tuple[str, str]:
-        words = draw.choices(others, k=setting.length(draw))
-        for place in draw.sample(range(len(words)), draw.randint(1, (len(words) + 2) // 3)):
-            words[place] = old
-        return " ".join(words), " ".join(new if word == old else word for word in words)
+        text = draw.choices(others, k=setting.length(draw))
+        for place in draw.sample(range(len(text)), draw.randint(1, (len(text) + 2) // 3)):
+            text[place] = old
+        return " ".join(text), " ".join(new if word == old else word for word in text)
 
     *shown, (last, gold) = [pair() for _ in range(setting.shots + 1)]
     return Question(in_pairs(shown, last, setting.phrases.replace_word.format(old=old, new=new)), f" {gold}")

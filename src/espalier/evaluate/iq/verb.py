@@ -114,14 +114,14 @@ def balanced_accuracies(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 def table(report: Report) -> str:
     """A line a task under its group: the score, its 95% interval, what guessing brings, and the items, in percent."""
-    lines = [f"{'':26}{'score':>7}  {'95%':>13}  {'chance':>6}  {'items':>5}"]
+    lines = [f"{'':26}{'score':>7}  {'95%':>15}  {'chance':>6}  {'items':>5}"]
     for group, tasks in report.context["groups"].items():
         lines.append(f"{group:26}{report.value(group, 'score'):7.1%}")
         for task in tasks:
             about = report.context["tasks"][task]
             low, high = about["interval"]
             lines.append(
-                f"  {task:24}{report.value(task, about['metric']):7.1%}  {low:5.1%} - {high:5.1%}  "
+                f"  {task:24}{report.value(task, about['metric']):7.1%}  {low:6.1%} - {high:6.1%}  "
                 f"{about['chance']:6.1%}  {about['answered']:5,}"
             )
     return "\n".join([*lines, f"{'all':26}{report.value(OVERALL, 'score'):7.1%}"])
