@@ -43,7 +43,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-WORDS = "apple pear plum fig kiwi lime date nut".split()
+WORDS = ["apple", "pear", "plum", "fig", "kiwi", "lime", "date", "nut"]
 KINDS = {
     "task": "kinds",
     "output_type": "multiple_choice",
@@ -531,7 +531,7 @@ def test_unsafe_code_is_run_where_the_recipe_says_so(tmp_path, recipe, scripted,
 
 def test_a_setting_that_no_engine_knows_is_refused(tmp_path, recipe, scripted, make_run):
     write_tasks(tmp_path, SUMS | {"generation_kwargs": {"until": ["\n"], "num_beams": 4}}, n=3)
-    with pytest.raises(RecipeError, match="sums: generation_kwargs.num_beams"):
+    with pytest.raises(RecipeError, match=r"sums: generation_kwargs\.num_beams"):
         run_tasks(recipe("sums", include_path=(tmp_path,)), make_run(), scripted())
 
 

@@ -2,6 +2,7 @@
 
 METHODS = {
     "tasks": "tasks:evaluate_tasks",
+    "iq": "iq.verb:evaluate_iq",
     "loss": "loss:evaluate_loss",
     "density": "density:evaluate_density",
 }

@@ -160,7 +160,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 
 def read_items(path: Path) -> list[Item]:
     """The items of a JSON lines file; `DataError` with the line of one that isn't an item."""
-    return read_lines(Item, path)
+    return read_all(Item, path)
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -170,16 +170,17 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """What `write_outcomes` wrote."""
-    return read_lines(Outcome, path)
+    return read_all(Outcome, path)
 
 
-def read_lines(kind: type[T], path: Path) -> list[T]:
+def read_all(kind: type[T], path: Path) -> list[T]:
     """The dataclasses in a JSON lines file; `DataError` with the line of one that isn't."""
     adapter = TypeAdapter(kind)
-    return [_read(adapter, kind, path, number, line) for number, line in _lines(path)]
+    return [_read(adapter, kind, path, number, line) for number, line in read_lines(path)]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of a file's lines that aren't empty; `DataError` when it can't be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
