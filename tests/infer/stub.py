@@ -82,7 +82,7 @@ class Stub:
     faults      share of requests that fail, one of `kinds` each, drawn by `seed`, the request and how often it came
     key         that every request must carry
     models      the list of /models; None for a server without one
-    refuses     keys, or key=value, of a request that this server doesn't take
+    refuses     keys of a request that this server doesn't take
     hides       whether it leaves probabilities out
     mark        a token that it puts before every text
     seconds     that an answer takes
@@ -220,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed():
             return
         body, stub = json.loads(content), self.stub
-        refused = [f"{key}={value}" for key, value in body.items() if {key, f"{key}={value}"} & set(stub.refuses)]
+        refused = sorted(body.keys() & set(stub.refuses))
         if refused:
             self._send(400, {"error": {"message": f"this server doesn't take {refused}"}})
             return

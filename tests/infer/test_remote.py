@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from espalier import files
-from espalier.errors import BudgetError, RecipeError, ResourceError, RunError
+from espalier.errors import BudgetError, DataError, RecipeError, ResourceError, RunError
 from espalier.infer import remote
 from espalier.infer.engine import Answer, Generate, Score, answer_all, open_engine
 from espalier.infer.recipe import EngineRecipe
@@ -91,11 +91,10 @@ def require_all_right(requests, answers) -> None:
 
 
 @pytest.mark.parametrize("mark", ["", "<s>"])
-@pytest.mark.parametrize("refuses", [(), ("max_tokens=0",)], ids=str)
-def test_a_continuation_has_the_probabilities_of_its_own_tokens(serve, connect, mark, refuses):
+def test_a_continuation_has_the_probabilities_of_its_own_tokens(serve, connect, mark):
     odd = [("A frame, ", "and a tree"), ("It gro", "ws"), ("Two\n\n", "lines"), ("a", " b")]
     requests = SCORES + [Score(*pair) for pair in odd]
-    answers = answer_all(connect(serve(mark=mark, refuses=refuses)), requests)
+    answers = answer_all(connect(serve(mark=mark)), requests)
     require_all_right(requests, answers)
     assert {answer.greedy for answer in answers} == {True, False}
     assert answers[0].prompt_tokens == len(stub.Model.tokens(PROMPTS[0])) + bool(mark)
@@ -149,7 +148,16 @@ def test_seeds_and_temperatures_are_asked_apart(serve, connect):
 def test_a_server_that_tells_no_probabilities_cant_score(serve, connect, server):
     with pytest.raises(RunError, match=r"echo") as refused:
         answer_all(connect(serve(**server)), SCORES[:1])
-    assert "status 400" in str(refused.value) or repr("Tree 0 says yes") in refused.value.found
+    assert "status 400" in str(refused.value) or "'Tree 0 says yes" in refused.value.found
+
+
+def test_what_a_server_writes_isnt_taken_for_what_it_was_given(serve, connect, monkeypatch):
+    server = serve()
+    told = server.complete
+    monkeypatch.setattr(server, "complete", lambda body: told({k: v for k, v in body.items() if k != "echo"}))
+    [written] = server.model.write("Tree 0 says the", 1)
+    with pytest.raises(RunError, match="echo"):
+        answer_all(connect(server), [Score("Tree 0 says the", written)])
 
 
 def test_nothing_is_said_of_a_text_that_the_server_didnt_echo(serve, connect, monkeypatch):
@@ -167,6 +175,11 @@ def test_a_first_token_has_no_probability_and_a_mark_before_it_gives_it_one(serv
         answer_all(connect(serve()), [Score("gro", "ws")])
     requests = [Score("", "grows a tree"), Score("gro", "ws")]
     require_all_right(requests, answer_all(connect(serve(mark="<s>")), requests))
+
+
+def test_no_text_has_no_probability(serve, connect):
+    with pytest.raises(DataError, match="at least a character"):
+        answer_all(connect(serve()), [*SCORES, Score("A tree", "")])
 
 
 def test_chat_cant_score(serve, connect):

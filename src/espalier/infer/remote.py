@@ -27,7 +27,7 @@ import httpx2
 from pydantic import ValidationError
 
 from espalier import files, units
-from espalier.errors import BudgetError, RecipeError, RunError, UserError
+from espalier.errors import BudgetError, DataError, RecipeError, RunError, UserError
 from espalier.infer import wire
 from espalier.infer.background import Background
 from espalier.infer.cache import Cache
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Seconds: the longest first wait before a retry, which doubles up to the longest of all; how long /models may take.
-FIRST_WAIT, LONGEST_WAIT, GREETING = 0.5, 30.0, 10.0
+FIRST_WAIT, LONGEST_WAIT, GREETING = 0.5, 8.0, 10.0
 # Tokens that a server's template may put around a prompt.
 TEMPLATE = 64
 # Part of every key: to be raised when the same reply becomes another answer.
@@ -328,7 +328,15 @@ class Remote:
         self.context = context if isinstance(context, int) else None
 
     def _require_answerable(self, requests: Sequence[Request]) -> None:
-        if self.recipe.api == "chat" and any(isinstance(request, Score) for request in requests):
+        scores = [request for request in requests if isinstance(request, Score)]
+        if any(not request.continuation for request in scores):
+            raise DataError(
+                "continuation",
+                found="no text",
+                expected="at least a character to score",
+                mend="Leave options without text out.",
+            )
+        if self.recipe.api == "chat" and scores:
             raise RecipeError(
                 "remote.api",
                 found="chat",
@@ -451,7 +459,7 @@ def _bytes(text: str) -> int:
 
 
 def _written(request: Request) -> int:
-    """The most tokens that a server writes; some must write one to score."""
+    """The most tokens that a server writes; one where it only has to score."""
     return request.max_new_tokens if isinstance(request, Generate) else 1
 
 

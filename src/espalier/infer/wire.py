@@ -21,8 +21,8 @@ def bodies(request: Request, model: str, api: Api) -> tuple[dict[str, Any], ...]
     """Ways to put a request, the one that tells most first: servers differ in what they take."""
     if isinstance(request, Score):
         text = request.prompt + request.continuation
-        body = {"model": model, "prompt": text, "echo": True, "logprobs": 1, "temperature": 0}
-        return tuple(body | {"max_tokens": written} for written in (0, 1))
+        # Not every server can write no token at all.
+        return ({"model": model, "prompt": text, "echo": True, "logprobs": 1, "temperature": 0, "max_tokens": 1},)
     body = {"model": model, "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
     if request.stop:
         body["stop"] = list(request.stop)
@@ -160,15 +160,11 @@ def scored(reply: Completion, request: Score, count: Callable[[str], int] | None
 
     Raises RunError where the server doesn't tell the probabilities of the tokens that it was given.
     """
-    choice = reply.choices[0]
-    # What is beyond the prompt was written by servers that must write something.
-    echoed = choice.pieces()[: reply.usage.prompt_tokens]
-    prompt = request.prompt.rstrip()
-    tail = (request.prompt + request.continuation)[len(prompt) :]
-    if count:
-        pieces = _last(echoed, count(request.prompt + request.continuation), count(prompt), where)
-    else:
-        pieces = _ending_with(tail, echoed)
+    choice, whole, prompt = reply.choices[0], request.prompt + request.continuation, request.prompt.rstrip()
+    tail = whole[len(prompt) :]
+    # What is beyond the prompt was written; all was, where a server doesn't know `echo`.
+    echoed = choice.pieces()[: reply.usage.prompt_tokens] if choice.text.startswith(whole) else []
+    pieces = _last(echoed, count(whole), count(prompt), where) if count else _ending_with(tail, echoed)
     logprobs = tuple(piece.logprob for piece in pieces if piece.logprob is not None)
     if not pieces or len(logprobs) < len(pieces):
         told = [piece.text for piece in echoed if piece.logprob is not None]
