@@ -122,29 +122,33 @@ class _Asked:
         owners = [(number, place) for number, each in enumerate(asked) for place in range(len(each))]
         answers: dict[int, dict[int, Answer]] = defaultdict(dict)
         spent, done, lasts = Cost(), 0, True
-        with (
-            contextlib.closing(self.engine.answers([one for each in asked for one in each])) as stream,
-            Progress(transient=True) as progress,
-            self.path.open("a", encoding="utf-8") as file,
-        ):
-            bar = progress.add_task("items", total=len(items))
-            for index, answer in stream:
-                number, place = owners[index]
-                answers[number][place] = answer
-                spent += Cost(flops=answer.cost.flops, usd=answer.cost.usd)
-                if len(answers[number]) < len(asked[number]):
-                    continue
-                outcome = items[number].judge([one for _, one in sorted(answers.pop(number).items())])
-                self.outcomes[outcome.id] = outcome
-                with files.disk_errors(self.path):
-                    file.write(json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
-                    file.flush()
-                progress.advance(bar)
-                done += 1
-                lasts = self.run.affords(spent * ((done + 1) / done))  # one more like these
-                if not lasts:
-                    break
-        self.run.charge("evaluate", flops=spent.flops, usd=spent.usd)
+        try:
+            with (
+                contextlib.closing(self.engine.answers([one for each in asked for one in each])) as stream,
+                Progress(transient=True) as progress,
+                self.path.open("a", encoding="utf-8") as file,
+            ):
+                bar = progress.add_task("items", total=len(items))
+                for index, answer in stream:
+                    number, place = owners[index]
+                    answers[number][place] = answer
+                    spent += Cost(flops=answer.cost.flops, usd=answer.cost.usd)
+                    if len(answers[number]) < len(asked[number]):
+                        continue
+                    outcome = items[number].judge([one for _, one in sorted(answers.pop(number).items())])
+                    self.outcomes[outcome.id] = outcome
+                    with files.disk_errors(self.path):
+                        file.write(json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
+                        file.flush()
+                    progress.advance(bar)
+                    done += 1
+                    lasts = self.run.affords(spent * ((done + 1) / done))  # one more like these
+                    if not lasts:
+                        break
+        except BudgetError:  # an engine that spends money knows what those in flight may cost
+            lasts = False
+        finally:  # what was spent is entered, however it ended
+            self.run.charge("evaluate", flops=spent.flops, usd=spent.usd)
         return lasts
 
 
