@@ -45,7 +45,9 @@ def load(kind: type[R], path: Path | None = None, overrides: list[str] | None = 
 def parse(kind: type[R], text: str, overrides: list[str], *, where: str) -> R:
     """As `load`, from text; `where` names the text in errors."""
     values, lines = _parse_yaml(text, where)
-    overrides = _named(kind, overrides)
+    if kind.POSITIONAL and (plain := [override for override in overrides if "=" not in override]):
+        values[kind.POSITIONAL] = plain
+        overrides = [override for override in overrides if "=" in override]
     for override in overrides:
         _override(values, override)
     try:
@@ -185,15 +187,6 @@ def _record_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int]) -> None
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _record_lines(item, (*path, index), lines)
-
-
-def _named(kind: type[Recipe], overrides: list[str]) -> list[str]:
-    """The overrides, with those that name no key as one list of the recipe's positional key."""
-    plain = [override for override in overrides if "=" not in override]
-    if not kind.POSITIONAL or not plain:
-        return overrides
-    listed = json.dumps(plain, ensure_ascii=False)  # JSON is YAML
-    return [*(override for override in overrides if override not in plain), f"{kind.POSITIONAL}={listed}"]
 
 
 def _override(values: dict[str, Any], override: str) -> None:

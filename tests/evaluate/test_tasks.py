@@ -14,15 +14,15 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from espalier.errors import BudgetError, DataError, RecipeError, ResourceError
 from espalier.evaluate import tasks
 from espalier.evaluate.ask import AskRecipe, ask
 from espalier.evaluate.items import SAMPLES, Item, read_outcomes, write_items
 from espalier.evaluate.kept import ANSWERS
-from espalier.evaluate.tasks import TasksRecipe, run_tasks
-from espalier.infer.engine import Answer, Generate, Score
+from espalier.evaluate.tasks import TasksRecipe, evaluate_tasks, run_tasks
+from espalier.infer.engine import Generate, Score
 from espalier.ledger import Cost
 from espalier.report import Report
 from espalier.run import LOG, RESULTS
@@ -157,54 +157,6 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-class Plain:
-    """The plainest engine of a model folder: one forward pass a request, or a token of an answer."""
-
-    context, exact = 512, True
-
-    def __init__(self, folder: Path) -> None:
-        self.identity = str(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
-    def answers(self, requests):
-        for number, request in enumerate(requests):
-            yield number, self.score(request) if isinstance(request, Score) else self.write(request)
-
-    def score(self, request: Score) -> Answer:
-        prompt = request.prompt.rstrip()
-        whole = self.tokenizer.encode(request.prompt + request.continuation)
-        ids = torch.tensor([whole if prompt else [0, *whole]])
-        start = len(self.tokenizer.encode(prompt)) or 1
-        logprobs = self.model(ids[:, :-1]).logits[0].log_softmax(-1)[start - 1 :]
-        chosen = ids[0, start:]
-        found = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-        greedy = bool((logprobs.argmax(-1) == chosen).all())
-        return Answer(request.continuation, tuple(chosen.tolist()), tuple(found), greedy, start, len(found), "scored")
-
-    def write(self, request: Generate) -> Answer:
-        ids, text = self.tokenizer.encode(request.prompt), ""
-        start = len(ids)
-        for _ in range(request.max_new_tokens):
-            ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
-            text = self.tokenizer.decode(ids[start:], skip_special_tokens=True)
-            if ids[-1] == 0 or any(stop in text for stop in request.stop):
-                break
-        for stop in request.stop:
-            text = text.split(stop)[0]
-        return Answer(text, tuple(ids[start:]), (), True, start, len(ids) - start, "stop")
-
-    def count(self, text: str) -> int:
-        return len(self.tokenizer.encode(text))
-
-    def estimate(self, requests) -> Cost:
-        return Cost()
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture
 def recipe(folder) -> Callable[..., TasksRecipe]:
     def recipe(*names: str, **told) -> TasksRecipe:
@@ -229,16 +181,19 @@ def metrics(values: dict) -> dict:
     return {key: value for key, value in values.items() if "," in key and "stderr" not in key}
 
 
-def test_the_scores_are_those_of_lm_eval_s_own_backend(folder, model, recipe, make_run):
+def test_the_scores_are_those_of_lm_eval_s_own_backend(tmp_path, model, recipe, make_run, shared_home, monkeypatch):
     pytest.importorskip("accelerate")  # their backend's, not ours
     from lm_eval.models.huggingface import HFLM
 
+    monkeypatch.setenv("ESPALIER_HOME", str(shared_home))
+    folder = write_tasks(tmp_path, KINDS, SUMS, LAST, TEXTS, GROUP, n=40)
     names = ["fruit", "sums", "texts"]
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     backend = HFLM(pretrained=str(model), device="cpu", batch_size=1, max_length=512)
     theirs = simple_evaluate(backend, tasks=names, num_fewshot=2, task_manager=manager, bootstrap_iters=0)
     run = make_run()
-    report = run_tasks(recipe(*names, num_fewshot=2), run, Plain(model))
+    told = recipe(*names, num_fewshot=2, include_path=(folder,), model=str(model), url="", local={"threads": 1})
+    report = evaluate_tasks(told, run)
     ours = lm_eval_results(run)
     assert set(ours["results"]) == {"fruit", "kinds", "last", "sums", "texts"}
     for name, values in ours["results"].items():
@@ -373,6 +328,18 @@ def test_what_the_budget_cannot_pay_is_refused_and_what_turns_out_dear_ends_with
     report = run_tasks(recipe("kinds", "last", budget={"usd": 1.5}), run, engine)
     assert 0 < sum(row.n for row in report.rows if row.metric == "acc") < 160
     assert run.ledger.total.usd <= 1.5 and any("The budget is spent" in text for text in told)
+
+
+def test_a_budget_that_pays_for_nothing_ends_with_an_empty_report(recipe, scripted, make_run):
+    engine = scripted(score=varied)
+
+    def spent(requests):
+        yield from ()
+        raise BudgetError("budget: usd", found="$0", expected="$1", mend="")
+
+    engine.answers = spent
+    report = run_tasks(recipe("fruit"), make_run(), engine)
+    assert report.rows == [] and report.context["tasks"]["kinds"]["answered"] == 0
 
 
 def test_a_question_that_is_repeated_is_sampled_with_other_seeds(tmp_path, recipe, scripted, make_run):
@@ -552,4 +519,4 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, recipe, scripted, make_
 def test_a_missing_lm_eval_is_answered_with_how_to_install_it(recipe, make_run, monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match=r"pip install 'espalier\[tasks\]'"):
-        tasks.evaluate_tasks(recipe("kinds"), make_run())
+        evaluate_tasks(recipe("kinds"), make_run())

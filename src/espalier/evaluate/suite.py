@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,13 @@ class Document:
 
     def judge(self, answers: Sequence[Answer]) -> Outcome:
         """The task's own scores, by metric and filter, of those metrics that are means over documents."""
+        with guarded(self.task):
+            scores = self._scores(answers)
         options = answers[: len(self._options)]
         return Outcome(
             task=self.task,
             id=self.id,
-            scores=guarded(self.task, partial(self._scores, answers)),
+            scores=scores,
             said=(options[best([answer.logprob for answer in options])] if options else answers[0]).text,
             gold=self._gold([answer.text for answer in options]),
             chance=1 / len(options) if options else 0.0,
@@ -125,16 +128,18 @@ class Suite:
         So a document's examples are the same whichever documents are drawn. Raises `RecipeError` for a name that isn't
         known and for a task that needs what isn't there, `DataError` for one whose data or code can't be had.
         """
-        specs = _specs(names, include_path)
+        manager, specs = _found(names, include_path)
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
-        loaded = guarded(", ".join(names), partial(specs.manager.load, specs.found))
-        tasks = loaded["tasks"]
-        for name, task in tasks.items():
+        with guarded(", ".join(names)):
+            loaded = manager.load(specs)
+        documents = {}
+        for name, task in loaded["tasks"].items():
             _require_possible(name, task, unsafe_code)
             _set_shots(task, num_fewshot)
-        documents = {name: guarded(name, lambda task=task: _built(task, harness, chat)) for name, task in tasks.items()}
-        return cls(tasks, loaded["groups"], documents)
+            with guarded(name):
+                documents[name] = _built(task, harness, chat)
+        return cls(loaded["tasks"], loaded["groups"], documents)
 
     def results(self, answered: Mapping[str, AbstractSet[int]], harness: Harness) -> dict[str, Any]:
         """lm-eval's own results over those documents of each task that are answered; `harness` is asked again."""
@@ -143,8 +148,8 @@ class Suite:
             self._hand_in(name, numbers)
         some = {name: numbers for name, numbers in chosen.items() if len(numbers) < len(self.documents[name])}
         loaded = {"tasks": {name: self.tasks[name] for name in chosen}, "groups": self.groups}
-        told = {"samples": some, "bootstrap_iters": BOOTSTRAPS, "confirm_run_unsafe_code": True}
-        return guarded(", ".join(chosen), partial(evaluate, harness, loaded, **told))
+        with guarded(", ".join(chosen)):
+            return evaluate(harness, loaded, samples=some, bootstrap_iters=BOOTSTRAPS, confirm_run_unsafe_code=True)
 
     def _hand_in(self, name: str, numbers: Sequence[int]) -> None:
         """Have the evaluator take the instances that are there, numbered among the chosen documents, and build none."""
@@ -157,7 +162,7 @@ class Suite:
         task.build_all_requests = _no_more
 
     def hashes(self, name: str) -> dict[str, Any]:
-        """What tells a task from another of its name: of its configuration and documents, and of its prompts."""
+        """Digests that tell a task from another of its name, and its prompts from others."""
         config = self.tasks[name].config.to_dict(keep_callable=True)
         config.get("metadata", {}).pop("config_source", None)
         asked = [instance.args for document in self.documents[name] for instance in document.instances]
@@ -176,14 +181,8 @@ def label(metric: str, filter_name: str) -> str:
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
-@dataclass(frozen=True)
-class _Specs:
-    manager: TaskManager
-    found: list[str | dict[str, Any]]
-
-
-def _specs(names: Sequence[str], include_path: Sequence[Path]) -> _Specs:
-    """What lm-eval is to load, and the index in which it finds that."""
+def _found(names: Sequence[str], include_path: Sequence[Path]) -> tuple[TaskManager, list[str | dict[str, Any]]]:
+    """lm-eval's index of tasks, and what it is to load of them."""
     for folder in include_path:
         if not folder.is_dir():
             raise RecipeError(
@@ -195,15 +194,15 @@ def _specs(names: Sequence[str], include_path: Sequence[Path]) -> _Specs:
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not _complete(manager, listed):  # lm-eval's own are thousands of files
         manager = TaskManager(include_path=paths)
-    found: list[str | dict[str, Any]] = []
+    specs: list[str | dict[str, Any]] = []
     for name in names:
         if name.startswith(ITEMS):
-            found += items_configs(read_items(Path(name.removeprefix(ITEMS))))
+            specs += items_configs(read_items(Path(name.removeprefix(ITEMS))))
         elif name in listed:
-            found += manager.match_tasks([name]) or _unknown(name, manager)
+            specs += manager.match_tasks([name]) or _unknown(name, manager)
         else:
-            found.append(name)
-    return _Specs(manager, list({json.dumps(spec, default=str): spec for spec in found}.values()))
+            specs.append(name)
+    return manager, specs
 
 
 def _complete(manager: TaskManager, names: Sequence[str]) -> bool:
@@ -227,10 +226,11 @@ def _unknown(name: str, manager: TaskManager) -> list[str]:
     )
 
 
-def guarded(where: str, load: Callable[[], Any]) -> Any:
-    """The outcome of `load`. A task is other people's code and data, in which anything may go wrong."""
+@contextlib.contextmanager
+def guarded(where: str) -> Iterator[None]:
+    """Turn any error into a `DataError`: a task is other people's code and data, in which anything may go wrong."""
     try:
-        return load()
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -238,9 +238,9 @@ def guarded(where: str, load: Callable[[], Any]) -> Any:
         away = isinstance(error, ConnectionError) or "offline" in str(error).lower()
         raise DataError(
             f"tasks: {where}",
-            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            expected="its dataset on the disk or within reach" if away else "a task whose data and code can be loaded",
-            mend="Load it once with a network: HF_HUB_OFFLINE and HF_DATASETS_OFFLINE unset."
+            found=" ".join(f"{type(error).__name__}: {error}".split())[:200],
+            expected="its dataset on the disk or within reach" if away else "a task whose data and code can be used",
+            mend="Load it once with a network, HF_HUB_OFFLINE and HF_DATASETS_OFFLINE unset."
             if away
             else "Mend the task; the run's log has the traceback.",
         ) from None
