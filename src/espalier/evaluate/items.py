@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +15,7 @@ from espalier import files
 from espalier.errors import DataError
 
 SAMPLES = "samples.jsonl"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 
 def read_items(path: Path) -> list[Item]:
     """The items of a JSON lines file; `DataError` with the line of one that isn't an item."""
-    return [_read(Item, path, number, line) for number, line in _lines(path)]
+    return read_rows(Item, path)
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -95,7 +96,12 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """What `write_outcomes` wrote."""
-    return [_read(Outcome, path, number, line) for number, line in _lines(path)]
+    return read_rows(Outcome, path)
+
+
+def read_rows(kind: type[T], path: Path) -> list[T]:
+    """A dataclass a line; `DataError` with the line of one that isn't such a one."""
+    return [_read(kind, path, number, line) for number, line in _lines(path)]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
