@@ -193,8 +193,8 @@ class Audit:
             yield f"{name}_pa", right_n[self.held_out], "right in the given order and in another"
         for kind in self.ranking:
             yield from self._rows_of_heads(kind)
-        if self.plan.silence:
-            yield from self._rows_of_silence()
+        if count := min(self.plan.silence, self.layers * self.heads // 4):
+            yield from self._rows_of_silence(count)
 
     def _permutation_right(self) -> dict[str, np.ndarray]:
         """Right in the given order, times the share of other orders in which it is right too, [n]."""
@@ -219,19 +219,19 @@ class Audit:
         for head in self.unlabelled[:1]:
             yield f"{kind}_unlabelled", held_out.right[:, head], f"head {self._name(head)}, chosen without answers"
 
-    def _rows_of_silence(self) -> Iterator[tuple[str, np.ndarray, str]]:
+    def _rows_of_silence(self, count: int) -> Iterator[tuple[str, np.ndarray, str]]:
         """The letters while the best heads by QK-score are silent, and while as many others are, drawn at random."""
-        total = self.layers * self.heads
-        best = self.ranking["qk"][: min(self.plan.silence, total // 2)]
-        others, draw = np.setdiff1d(np.arange(total), best), np.random.default_rng(self.plan.seed)
+        best = self.ranking["qk"][:count]
+        others, draw = np.setdiff1d(np.arange(self.layers * self.heads), best), np.random.default_rng(self.plan.seed)
         drawn = [draw.choice(others, len(best), replace=False) for _ in range(DRAWN)]
-        checked = [self.questions[number] for number in self.held_out[:CHECKED]]
-        found = [without(self.reader, checked, [self._place(head) for head in heads]) for heads in (best, *drawn)]
-        self.tokens += 2 * len(found) * int(self.read.prompts_n[self.held_out[:CHECKED]].sum())
-        for name, (right, shift) in (("best", found[0]), ("others", np.mean(found[1:], axis=0))):
-            note = f"{len(best)} {'of the best' if name == 'best' else 'other'} heads silent"
-            yield f"logits_without_{name}", right, note
-            yield f"shift_without_{name}", shift, f"{note}: KL divergence of the next token, nats"
+        checked = self.held_out[:CHECKED]
+        sets = [[self._place(head) for head in heads] for heads in (best, *drawn)]
+        right, shift = without(self.reader, [self.questions[number] for number in checked], sets)
+        self.tokens += (1 + len(sets)) * int(self.read.prompts_n[checked].sum())
+        for name, part in (("best", slice(1)), ("other", slice(1, None))):
+            note = f"{len(best)} {name} heads silent"
+            yield f"logits_without_{name}", right[part].mean(0), note
+            yield f"shift_without_{name}", shift[part].mean(0), f"{note}: KL divergence of the next token, nats"
 
     def _tagged(self) -> Iterator[tuple[str, str, list[float]]]:
         """(task, readout, score of each held-out question) for each value of each tag."""

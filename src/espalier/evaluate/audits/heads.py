@@ -48,15 +48,11 @@ class Attention:
 
     def query(self, put_out_RX: Tensor, vectors: Vectors) -> Tensor:
         """Queries [R, H, D] from rows that their source put out."""
-        flat = self._part(put_out_RX, 0, self.heads)
-        return self._normed(flat, "q_norm", self.heads) if vectors == "normed" else self._split(flat, self.heads)
+        return self._split(self._part(put_out_RX, 0, self.heads), self.heads, "q_norm", vectors)
 
     def key(self, put_out_RX: Tensor, vectors: Vectors) -> Tensor:
         """Keys [R, K, D] from rows that their source put out."""
-        flat = self._part(put_out_RX, 1, self.key_heads)
-        return (
-            self._normed(flat, "k_norm", self.key_heads) if vectors == "normed" else self._split(flat, self.key_heads)
-        )
+        return self._split(self._part(put_out_RX, 1, self.key_heads), self.key_heads, "k_norm", vectors)
 
     def _part(self, put_out_RX: Tensor, part: int, heads: int) -> Tensor:
         """The queries (part 0) or keys (part 1) of what may be fused, [R, heads * D]."""
@@ -68,17 +64,13 @@ class Attention:
             return put_out_RX[:, start : start + heads * self.head_dim]
         return put_out_RX
 
-    def _split(self, flat: Tensor, heads: int) -> Tensor:
-        return flat.unflatten(-1, (heads, self.head_dim))
-
-    def _normed(self, flat: Tensor, name: str, heads: int) -> Tensor:
-        """After the norm, if there is one: over all heads at once, as in OLMo 2, or over each, as in Qwen 3."""
-        norm = getattr(self.module, name, None)
-        if norm is None:
-            return self._split(flat, heads)
-        if norm.weight.shape == flat.shape[-1:]:
-            return self._split(norm(flat), heads)
-        return norm(self._split(flat, heads))
+    def _split(self, flat: Tensor, heads: int, name: str, vectors: Vectors) -> Tensor:
+        """Into heads, normed if wanted and there is a norm: over all at once, as in OLMo 2, or each, as in Qwen 3."""
+        norm = getattr(self.module, name, None) if vectors == "normed" else None
+        if norm is not None and norm.weight.shape == flat.shape[-1:]:
+            flat, norm = norm(flat), None
+        split = flat.unflatten(-1, (heads, self.head_dim))
+        return norm(split) if norm is not None else split
 
 
 @dataclass(frozen=True)
@@ -98,19 +90,19 @@ class Seen:
 def attention_layers(model: PreTrainedModel) -> list[Attention]:
     """A decoder's attention layers in their order; `ModelError` where they have no queries and keys to catch."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    found = [module for module in model.modules() if _is_attention(module)]
     layers = []
-    for module in found:
-        head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
-        layers.append(Attention(module, heads, key_heads, head_dim))
-    if not layers or any(not _fits(layer) for layer in layers):
+    for module in model.modules():
+        if _is_attention(module):
+            heads = config.num_attention_heads
+            key_heads = getattr(config, "num_key_value_heads", None) or heads
+            head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
+            layers.append(Attention(module, heads, key_heads, head_dim))
+    if not layers or not all(map(_fits, layers)):
         raise ModelError(
-            str(model.config.name_or_path or config.model_type),
-            found="attention without projections that put out a query for each head",
+            f"model type {config.model_type}",
+            found="attention without projections that put out a query and a key for each head",
             expected=f"q_proj and k_proj, or one of {', '.join(STACKED + INTERLEAVED)}; and {' or '.join(OUTPUTS)}",
-            mend="This method takes decoders with ordinary attention, such as Llama, Qwen, Granite, GPT-2 or GPT-NeoX.",
+            mend="Take a decoder with ordinary attention, such as Llama, Qwen, Granite, GPT-2 or GPT-NeoX.",
         )
     return layers
 

@@ -85,20 +85,21 @@ def read_options(reader: Reader, questions: Sequence[Question]) -> Options:
 
 
 def without(
-    reader: Reader, questions: Sequence[Question], heads: Sequence[tuple[int, int]]
+    reader: Reader, questions: Sequence[Question], sets: Sequence[Sequence[tuple[int, int]]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """While these (layer, head) are silent: whether the most probable letter is right, and what becomes of the rest.
+    """While sets of (layer, head) are silent: whether the most probable letter is right, and what the rest becomes.
 
-    Returns two arrays [n]; the second is the KL divergence, in nats, of the next token's probabilities from what they
-    are otherwise.
+    Returns two arrays [sets, n]; the second is the KL divergence, in nats, of the next token's probabilities from what
+    they are when no head is silent.
     """
-    right, shift = np.zeros(len(questions)), np.zeros(len(questions))
+    right, shift = np.zeros((2, len(sets), len(questions)))
     for number, question in enumerate(track(questions, "causes", transient=True)):
         before, ids, _ = reader.read(question)
-        with silenced(reader.layers, heads):
-            after, *_ = reader.read(question)
-        right[number] = int(after.next_V[ids].argmax()) == question.gold
-        shift[number] = (before.next_V.exp() * (before.next_V - after.next_V)).sum()
+        for place, heads in enumerate(sets):
+            with silenced(reader.layers, heads):
+                after, *_ = reader.read(question)
+            right[place, number] = int(after.next_V[ids].argmax()) == question.gold
+            shift[place, number] = (before.next_V.exp() * (before.next_V - after.next_V)).sum()
     return right, shift
 
 

@@ -52,7 +52,7 @@ class ReadoutRecipe(Recipe):
     validation    share of the questions by which heads are chosen
     heads         the mcq_head.json of another run: its heads are read, none is chosen
     permutations  random orders in which the options are shown besides the given one
-    silence       how many of the best heads are silenced in the causal check, at most half of all
+    silence       how many of the best heads are silenced in the causal check, at most a quarter of all
     """
 
     model: Path
