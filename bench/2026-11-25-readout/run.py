@@ -33,7 +33,7 @@ SEEDS = (0, 1, 2, 3)
 STEPS, BATCH, PAIRS, RATE = 300, 48, 6, 2e-3
 VOCABULARY = (*WORDS, *LETTERS[:12], ".", "\n")
 IDS = {token: number for number, token in enumerate(VOCABULARY)}
-N, IGNORED = 600, -100
+N, IGNORED = 300, -100
 
 Batch = tuple[Tensor, Tensor]
 
@@ -109,7 +109,13 @@ def saved(net: transformers.PreTrainedModel, folder: Path) -> Path:
 def audited(folder: Path, name: str, *, options: int = 4, **more: object) -> tuple[Path, dict]:
     """What `evaluate readout` finds, by metric, with its context."""
     questions = SyntheticRecipe(n=N, options=options, phrase="{word}", seed=options)
-    shape = {"template": "{options}{question}", "cloze": "{question}", "also": ("attention",)}
+    shape = {
+        "template": "{options}{question}",
+        "cloze": "{question}",
+        "also": ("attention",),
+        "threads": 1,
+        "validation": 0.1,
+    }
     recipe = ReadoutRecipe(model=folder, questions=questions, **(shape | more))
     with Run.start(folder.with_name(name), recipe, tell=lambda line: None) as run:
         report = evaluate_readout(recipe, run)
@@ -124,12 +130,12 @@ def one(seed: int) -> dict:
         found["train_cpu_seconds"] = time.process_time() - begin
         folder = saved(net, work / "recall")
         run, found["four"] = audited(folder, "four")
-        _, found["eight"] = audited(folder, "eight", options=8, heads=run / HEADS)
-        for token in ("content", "label", "mean"):
+        _, found["eight"] = audited(folder, "eight", options=8, heads=run / HEADS, silence=0)
+        for token in ("content", "label"):
             _, found[token] = audited(folder, token, token=token, permutations=0, silence=0)
         folder = saved(trained(seed, letters, 2 * STEPS), work / "letters")
-        for token in ("eol", "content"):
-            _, found[f"letters_{token}"] = audited(folder, f"letters-{token}", token=token)
+        _, found["letters"] = audited(folder, "letters")
+        _, found["letters_content"] = audited(folder, "letters-content", token="content", permutations=0, silence=0)
     return found
 
 
@@ -142,7 +148,11 @@ def main() -> None:
     seeds = []
     for seed in SEEDS:
         seeds.append(one(seed))
-        print(seed, {name: found["qk"] for name, found in seeds[-1].items() if isinstance(found, dict)}, flush=True)
+        print(
+            seed,
+            {name: (found["logits"], found["qk"]) for name, found in seeds[-1].items() if isinstance(found, dict)},
+            flush=True,
+        )
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -74,10 +74,10 @@ def test_no_head_is_silent_where_none_shall_be(audit):
 def test_a_head_that_knows_only_where_it_is_chosen_is_worth_nothing_elsewhere(audit):
     """Its scores are set after reading: right on the questions that choose, wrong on the rest."""
     found = audit()
-    scores = found.read.heads["qk"].scores_nLHO
+    scores = found.readings.heads["qk"].scores_nLHO
     scores[:] = 0
     right = np.isin(np.arange(len(scores)), found.validation)
-    gold = found.read.gold_n
+    gold = found.readings.gold_n
     scores[np.arange(len(scores)), 0, 2, np.where(right, gold, (gold + 1) % 4)] = 1
     report = found.report("lucky")
     assert found.best()["qk"] == (0, 2)
@@ -121,16 +121,17 @@ def test_a_given_head_is_read_and_judged_by_all(audit, reader, tmp_path):
 @pytest.mark.parametrize(
     ("heads", "told"),
     [
-        ({"qk": (2, 0), "attention": (0, 0)}, "2.0"),
-        ({"qk": (0, 5), "attention": (0, 0)}, "0.5"),
-        ({"qk": (0, 0)}, "attention"),
+        ({"qk": (2, 0), "attention": (0, 0)}, "for qk"),
+        ({"qk": (0, 5), "attention": (0, 0)}, "for qk"),
+        ({"qk": (0, 0), "attention": (-1, 0)}, "for attention"),
+        ({"qk": (0, 0)}, "for attention"),
     ],
 )
 def test_a_head_that_the_model_has_not_got_is_refused(reader, tmp_path, heads, told):
     write_heads(tmp_path / "heads.json", heads, reader())
     with pytest.raises(RecipeError) as refused:
         read_heads(tmp_path / "heads.json", reader())
-    assert told in refused.value.found
+    assert told in refused.value.expected
 
 
 def test_a_head_that_was_read_elsewhere_is_refused(reader, tmp_path):
@@ -143,7 +144,7 @@ def test_a_head_that_was_read_elsewhere_is_refused(reader, tmp_path):
     with pytest.raises(DataError, match="token"):
         read_heads(tmp_path / "heads.json", reader())
     (tmp_path / "heads.json").write_text("")
-    with pytest.raises(RecipeError, match="no head"):
+    with pytest.raises(RecipeError, match="for qk"):
         read_heads(tmp_path / "heads.json", reader())
 
 
@@ -157,7 +158,7 @@ def readout(espalier, planted_folder, tmp_path):
     """`espalier evaluate readout` on the planted folder; how it ended, and the run's folder."""
 
     def readout(*more: str, name: str = "read"):
-        shape = (f"template={BARE}", "cloze='{question}'", f"model={planted_folder}")
+        shape = (f"template={BARE}", "cloze='{question}'", f"model={planted_folder}", "threads=1")
         done = espalier("evaluate", "readout", *shape, *more, f"--name={name}")
         return done, tmp_path / "runs" / name
 

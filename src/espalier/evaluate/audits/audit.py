@@ -45,20 +45,21 @@ def write_heads(path: Path, heads: dict[str, Head], reader: Reader) -> None:
 
 
 def read_heads(path: Path, reader: Reader) -> dict[str, Head]:
-    """The heads of a file; refused where the model hasn't got them, or they were read at other places."""
-    found = read_rows(ChosenHeads, path)
+    """The heads of a file; refused where the model hasn't got them, or they were chosen at other tokens or vectors."""
+    found, *_ = read_rows(ChosenHeads, path) or [ChosenHeads("", "", {})]
     layers, heads = len(reader.layers), reader.layers[0].heads
+    as_chosen = (found.token, found.vectors) == (reader.token, reader.vectors)
     for kind in reader.kinds:
-        layer, head = found[0].heads.get(kind, (-1, -1)) if found else (-1, -1)
-        as_chosen = (found[0].token, found[0].vectors) == (reader.token, reader.vectors) if found else False
+        layer, head = found.heads.get(kind, (layers, heads))
         if not as_chosen or not (0 <= layer < layers and 0 <= head < heads):
             raise RecipeError(
                 f"heads: {path}",
-                found=f"no head for {kind}" if layer < 0 else f"head {layer}.{head} for {kind} of {found[0]}",
-                expected=f"one of {layers} layers of {heads} heads, read at {reader.token}, {reader.vectors}",
+                found=f"heads {found.heads} with token={found.token} and vectors={found.vectors}",
+                expected=f"one for {kind} of {layers} layers and {heads} heads, with token={reader.token} and "
+                f"vectors={reader.vectors}",
                 mend="Set token=..., vectors=... and also=... as they were, or leave heads=... out to choose anew.",
             )
-    return {kind: found[0].heads[kind] for kind in reader.kinds}
+    return {kind: found.heads[kind] for kind in reader.kinds}
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ class Audit:
         self.layers, self.heads = len(reader.layers), reader.layers[0].heads
         draw = random.Random(plan.seed)
         orders = [[q.shuffled(draw, fixed=plan.fixed) for q in questions] for _ in range(plan.permutations)]
-        self.read = read_all(reader, questions, "questions")
+        self.readings = read_all(reader, questions, "questions")
         self.permuted = [read_all(reader, order, "other orders") for order in orders]
         self.options = read_options(reader, questions) if plan.options else None
-        self.tokens = sum(int(each.prompts_n.sum()) for each in (self.read, *self.permuted))
+        self.tokens = sum(int(each.prompts_n.sum()) for each in (self.readings, *self.permuted))
         self.tokens += self.options.tokens if self.options else 0
         self.validation, self.held_out = self._split()
 
@@ -107,23 +108,23 @@ class Audit:
         one that was given."""
         if self.plan.given is not None:
             return {kind: np.array([layer * self.heads + head]) for kind, (layer, head) in self.plan.given.items()}
-        return {kind: choice.ranked(scores[self.validation]) for kind, scores in self.read.heads.items()}
+        return {kind: choice.ranked(scores[self.validation]) for kind, scores in self.readings.heads.items()}
 
     @cached_property
     def unlabelled(self) -> np.ndarray:
         """All heads, best first, as attention ranks them without answers; none where it isn't computed."""
-        if "attention" not in self.read.heads:
+        if "attention" not in self.readings.heads:
             return np.arange(0)
-        return choice.unlabelled(self.read.heads["attention"], self.read.mass_nLH)
+        return choice.unlabelled(self.readings.heads["attention"], self.readings.mass_nLH)
 
     @cached_property
     def right(self) -> dict[str, np.ndarray]:
         """Whether each question is answered rightly, by readout, [n]."""
-        found, gold = {"logits": self.read.letters_right}, self.read.gold_n
+        found, gold = {"logits": self.readings.letters_right}, self.readings.gold_n
         if self.options:
             found["options"] = self.options.logprobs_nO.argmax(1) == gold
             found["options_norm"] = (self.options.logprobs_nO / self.options.lengths_nO).argmax(1) == gold
-        return found | {kind: self.read.heads[kind].right[:, rank[0]] for kind, rank in self.ranking.items()}
+        return found | {kind: self.readings.heads[kind].right[:, rank[0]] for kind, rank in self.ranking.items()}
 
     def best(self) -> dict[str, Head]:
         """The best head by kind of score."""
@@ -145,7 +146,7 @@ class Audit:
         for number in self.held_out:
             question = self.questions[number]
             item = as_item(question, self.plan.task, "letters", self.reader.template)
-            logprobs = self.read.letters_nO[number, : len(question.options)]
+            logprobs = self.readings.letters_nO[number, : len(question.options)]
             yield Outcome(
                 task=self.plan.task,
                 id=item.id,
@@ -153,7 +154,7 @@ class Audit:
                 said=item.options[int(logprobs.argmax())],
                 gold=item.gold,
                 chance=item.chance,
-                prompt_tokens=int(self.read.prompts_n[number]),
+                prompt_tokens=int(self.readings.prompts_n[number]),
                 completion_tokens=0,
                 logprobs=tuple(map(float, logprobs)),
                 tags=question.tags,
@@ -165,7 +166,7 @@ class Audit:
         for kind, rank in self.ranking.items():
             lines.append(f"{kind}: layer.head, right of {len(self.validation)} that chose it, of {len(self.held_out)}")
             for head in rank[:TOP]:
-                right = self.read.heads[kind].right[:, head]
+                right = self.readings.heads[kind].right[:, head]
                 chose = f"{right[self.validation].mean():.3f}" if len(self.validation) else "given"
                 lines.append(f"  {self._name(head):>6}  {chose}  {right[self.held_out].mean():.3f}")
         return "\n".join(lines)
@@ -174,7 +175,7 @@ class Audit:
         n = len(self.questions)
         if self.plan.given is not None:
             return np.arange(0), np.arange(n)
-        validation, held_out = choice.split(self.read.gold_n, self.plan.validation, self.plan.seed)
+        validation, held_out = choice.split(self.readings.gold_n, self.plan.validation, self.plan.seed)
         if not len(validation) or not len(held_out):
             raise DataError(
                 self.plan.task,
@@ -201,7 +202,7 @@ class Audit:
         if not self.permuted:
             return {}
         also = np.mean([order.letters_right for order in self.permuted], axis=0)
-        found = {"logits": self.read.letters_right * also}
+        found = {"logits": self.readings.letters_right * also}
         for kind, rank in self.ranking.items():
             also = np.mean([order.heads[kind].right[:, rank[0]] for order in self.permuted], axis=0)
             found[kind] = self.right[kind] * also
@@ -209,7 +210,7 @@ class Audit:
 
     def _rows_of_heads(self, kind: str) -> Iterator[tuple[str, np.ndarray, str]]:
         """Beside the best head: what it gains on the letters, the next ones, and the choice without answers."""
-        held_out, top = self.read.heads[kind][self.held_out], self.ranking[kind][:TOP]
+        held_out, top = self.readings.heads[kind][self.held_out], self.ranking[kind][:TOP]
         gain = held_out.right[:, top[0]].astype(float) - self.right["logits"][self.held_out]
         sure = paired_bootstrap([0.0] * len(gain), gain.tolist(), seed=self.plan.seed)
         yield f"{kind}_gain", gain, f"on the logits: 95% from {sure.low:.3f} to {sure.high:.3f}"
@@ -227,7 +228,7 @@ class Audit:
         checked = self.held_out[:CHECKED]
         sets = [[self._place(head) for head in heads] for heads in (best, *drawn)]
         right, shift = without(self.reader, [self.questions[number] for number in checked], sets)
-        self.tokens += (1 + len(sets)) * int(self.read.prompts_n[checked].sum())
+        self.tokens += (1 + len(sets)) * int(self.readings.prompts_n[checked].sum())
         for name, part in (("best", slice(1)), ("other", slice(1, None))):
             note = f"{len(best)} {name} heads silent"
             yield f"logits_without_{name}", right[part].mean(0), note
@@ -245,9 +246,9 @@ class Audit:
 
     def _context(self) -> dict[str, Any]:
         """What must be known to compare, maps of all heads, and the letters that each readout prefers."""
-        reader, letters = self.reader, {"logits": self._histogram(self.read.letters_nO.argmax(1))}
+        reader, letters = self.reader, {"logits": self._histogram(self.readings.letters_nO.argmax(1))}
         for kind, rank in self.ranking.items():
-            letters[kind] = self._histogram(self.read.heads[kind].choices[:, rank[0]])
+            letters[kind] = self._histogram(self.readings.heads[kind].choices[:, rank[0]])
         return {
             "questions": files.digest([render(question, reader.template).text for question in self.questions]),
             "chance": float(np.mean([1 / len(question.options) for question in self.questions])),
@@ -266,7 +267,7 @@ class Audit:
 
         The map is of the held-out questions: whoever chooses a head from it has none left to judge it by.
         """
-        scores = self.read.heads[kind]
+        scores = self.readings.heads[kind]
         accuracy = scores[self.held_out].right.mean(0).reshape(self.layers, self.heads)
         about: dict[str, Any] = {"chosen": self._place(self.ranking[kind][0]), "map": accuracy.round(4).tolist()}
         if len(self.validation):
@@ -277,7 +278,7 @@ class Audit:
 
     def _histogram(self, choices_n: np.ndarray) -> dict[str, float]:
         """The share of the held-out questions for which each letter is chosen."""
-        shares = np.bincount(choices_n[self.held_out], minlength=self.read.letters_nO.shape[1]) / len(self.held_out)
+        shares = np.bincount(choices_n[self.held_out], minlength=self.readings.letters_nO.shape[1]) / len(self.held_out)
         return dict(zip(LETTERS, shares.tolist(), strict=False))
 
     def _place(self, head: int) -> Head:

@@ -70,6 +70,7 @@ class ReadoutRecipe(Recipe):
     silence: int = Field(default=10, ge=0)
     seed: int = 0
     dtype: Literal["auto", "float32"] = Field(default="float32", description="auto: that of the weights")
+    threads: int | None = Field(default=None, gt=0, description="of the CPU; those that are free if not stated")
 
     @model_validator(mode="after")
     def _templates(self) -> Self:
@@ -137,7 +138,7 @@ def _open(folder: ModelFolder, recipe: ReadoutRecipe, run: Run) -> Reader:
             mend="Use the tokenizer that the model was trained with.",
         )
     attention: Literal["eager", "sdpa"] = "eager" if "attention" in recipe.also else "sdpa"
-    device = Device(kind=row.kind, threads=hardware.free_cores(), attention=attention)
+    device = Device(kind=row.kind, threads=recipe.threads or hardware.free_cores(), attention=attention)
     device.prepare()
     device.place(model)
     return Reader(model, attention_layers(model), words, recipe.template, recipe.cloze, recipe.token, recipe.vectors)
