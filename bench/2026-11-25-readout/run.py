@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -123,17 +124,18 @@ def audited(folder: Path, name: str, *, options: int = 4, **more: object) -> tup
 
 
 def one(seed: int) -> dict:
+    torch.set_num_threads(1)
     found = {}
     with tempfile.TemporaryDirectory() as place:
         work, begin = Path(place), time.process_time()
         net = trained(seed, recall)
         found["train_cpu_seconds"] = time.process_time() - begin
-        folder = saved(net, work / "recall")
+        folder = saved(net, work / "recall" / "model")
         run, found["four"] = audited(folder, "four")
         _, found["eight"] = audited(folder, "eight", options=8, heads=run / HEADS, silence=0)
         for token in ("content", "label"):
             _, found[token] = audited(folder, token, token=token, permutations=0, silence=0)
-        folder = saved(trained(seed, letters, 2 * STEPS), work / "letters")
+        folder = saved(trained(seed, letters, 2 * STEPS), work / "letters" / "model")
         _, found["letters"] = audited(folder, "letters")
         _, found["letters_content"] = audited(folder, "letters-content", token="content", permutations=0, silence=0)
     return found
@@ -144,15 +146,8 @@ CAUSES = ("logits_without_best", "logits_without_other", "shift_without_best", "
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    seeds = []
-    for seed in SEEDS:
-        seeds.append(one(seed))
-        print(
-            seed,
-            {name: (found["logits"], found["qk"]) for name, found in seeds[-1].items() if isinstance(found, dict)},
-            flush=True,
-        )
+    with ProcessPoolExecutor(len(SEEDS)) as pool:
+        seeds = list(pool.map(one, SEEDS))
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -192,6 +192,7 @@ def test_a_run_leaves_rows_outcomes_and_a_head_for_other_questions(readout, tmp_
     [
         ("template={question}", 2, "template"),
         ("cloze={question}{options}", 2, "cloze"),
+        ("extra=[none, none]", 3, "an option twice"),
         ("questions=nowhere.jsonl", 3, "nowhere.jsonl"),
         ("questions.options=25", 2, "questions.options"),
         ("questions.phrase=word", 2, "questions.phrase"),

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from espalier import files
 from espalier.budget import hardware, price
 from espalier.data import tokenizer
-from espalier.errors import ModelError
+from espalier.errors import DataError, ModelError
 from espalier.evaluate.audits.audit import Audit, Plan, read_heads, write_heads
 from espalier.evaluate.audits.heads import Vectors, attention_layers
 from espalier.evaluate.audits.reading import Reader, Token
@@ -120,7 +120,19 @@ def _questions(recipe: ReadoutRecipe) -> tuple[str, list[Question]]:
     else:
         task, found = recipe.questions.stem, read_questions(recipe.questions)
     random.Random(recipe.seed).shuffle(found)
-    return task, [question.with_options(recipe.extra) for question in found[: recipe.limit]]
+    return task, [_with_extra(question, recipe.extra) for question in found[: recipe.limit]]
+
+
+def _with_extra(question: Question, extra: tuple[str, ...]) -> Question:
+    try:
+        return question.with_options(extra)
+    except AssertionError as error:
+        raise DataError(
+            f"extra, with {question.question[:60]!r}",
+            found=str(error),
+            expected="at most 24 options, no two of them equal",
+            mend="Change extra=..., or leave the question out.",
+        ) from None
 
 
 def _open(folder: ModelFolder, recipe: ReadoutRecipe, run: Run) -> Reader:
