@@ -3,6 +3,7 @@
 METHODS = {
     "tasks": "tasks:evaluate_tasks",
     "iq": "iq.verb:evaluate_iq",
+    "readout": "audits.readout:evaluate_readout",
     "loss": "loss:evaluate_loss",
     "density": "density:evaluate_density",
 }

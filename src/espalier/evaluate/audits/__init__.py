@@ -1,0 +1,1 @@
+"""Looking inside: what a score alone doesn't tell about a model."""
