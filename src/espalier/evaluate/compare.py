@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from espalier import units
 from espalier.errors import RecipeError, RunError
 from espalier.evaluate import page
-from espalier.evaluate.evaluation import LOWER_IS_BETTER, NORMAL_95, Evaluation, labels
+from espalier.evaluate.evaluation import LOWER_IS_BETTER, NORMAL_95, Evaluation, labels, mean_pair
 from espalier.evaluate.intervals import DRAWS, holm, mean_of_means, paired_bootstrap, sign_test
 from espalier.method import method
 from espalier.recipe import Recipe
@@ -35,7 +35,7 @@ class CompareRecipe(Recipe):
 
     runs: tuple[Path, ...] = Field(min_length=2, description="run folders of evaluations")
     baseline: Path | None = Field(default=None, description="one of them; the first, if not stated")
-    draws: int = Field(default=DRAWS, ge=100)
+    draws: int = Field(default=DRAWS, ge=1000)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -169,7 +169,8 @@ def told(each: Difference) -> str:
 
 
 def _paired(name: str, before: Evaluation, after: Evaluation, seed: int, draws: int) -> Iterator[Difference]:
-    """Every task and metric of which both answered the same items; then the mean over the tasks' main metrics."""
+    """The mean over the tasks' main metrics; then every task and metric of which both answered the same items."""
+    each: list[Difference] = []
     main: list[list[float]] = []
     figures: list[tuple[float, float]] = []
     for row in after.report.rows:
@@ -181,17 +182,15 @@ def _paired(name: str, before: Evaluation, after: Evaluation, seed: int, draws: 
         differences = [new - old for old, new in zip(first, second, strict=True)]
         sure = paired_bootstrap(first, second, seed=seed, draws=draws)
         means = sum(first) / len(both), sum(second) / len(both)
-        if after.main_metrics[row.task] == row.metric and row.metric not in LOWER_IS_BETTER:
+        found = Difference(name, row.task, row.metric, *means, sure.low, sure.high, len(both), sign_test(differences))
+        each.append(found)
+        if after.main_metrics[row.task] == row.metric and not found.lower_is_better:
             main.append(differences)
             figures.append(means)
-        yield Difference(
-            name, row.task, row.metric, *means, sure.low, sure.high, n=len(both), chance=sign_test(differences)
-        )
     if len(main) > 1:
         sure = mean_of_means(main, seed=seed, draws=draws)
-        olds, news = zip(*figures, strict=True)
-        means = sum(olds) / len(olds), sum(news) / len(news)
-        yield Difference(name, OVERALL, "score", *means, sure.low, sure.high, n=sum(map(len, main)))
+        yield Difference(name, OVERALL, "score", *mean_pair(figures), sure.low, sure.high, sum(map(len, main)))
+    yield from each
 
 
 def _unpaired(name: str, before: Evaluation, after: Evaluation, paired: set[tuple[str, str]]) -> Iterator[Difference]:

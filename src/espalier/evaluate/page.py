@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +100,12 @@ def between(metric: str, interval: Interval | None) -> str:
 def _view(folder: Path, evaluations: Mapping[str, Evaluation], title: str, notes: Sequence[str]) -> View:
     asked = sum(len(each.outcomes) for each in evaluations.values())
     tasks = {task for each in evaluations.values() for task in each.main_metrics}
-    subjects = dict.fromkeys(each.report.subject for each in evaluations.values())
     machine = {
         key: value for each in evaluations.values() for key, value in each.report.context.get("machine", {}).items()
     }
-    subtitle = f"{_counted(len(tasks), 'task')}, {_counted(asked, 'answer')}: {', '.join(subjects)}"
     return View(
         title=title,
-        subtitle=subtitle if asked else ", ".join(subjects),
+        subtitle=f"{_counted(len(tasks), 'task')}, {_counted(asked, 'answer')}" if asked else "",
         made_at=f"Evaluated on {date.today()}",
         headline=_headline(evaluations),
         notes=list(notes),
@@ -166,7 +164,7 @@ def _scores(evaluations: Mapping[str, Evaluation], models: Mapping[str, str]) ->
     """A dot and its interval a task and model, beside chance."""
     rows = [
         {
-            "name": task if len(models) == 1 else f"{task} · {name}",
+            "name": task,
             "hue": models[name],
             "value": score,
             **_ends(evaluations[name], task, score),
@@ -178,7 +176,13 @@ def _scores(evaluations: Mapping[str, Evaluation], models: Mapping[str, str]) ->
         if task in evaluations[name].shares()
         for score, chance in [evaluations[name].shares()[task]]
     ]
-    return {"x": _percent_axis(0, 1), "title": "Score", "zero": None, "rows": rows} if rows else None
+    return {"x": _percent_axis(0, 1), "title": "Score", "zero": None, "rows": _named_once(rows)} if rows else None
+
+
+def _named_once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in which only the first of those of one name has it."""
+    named = [False, *(one["name"] == other["name"] for one, other in pairwise(rows))]
+    return [{**row, "name": "" if again else row["name"]} for row, again in zip(rows, named, strict=True)]
 
 
 def _ends(each: Evaluation, task: str, score: float) -> dict[str, float]:
@@ -211,24 +215,25 @@ def _differences(differences: Sequence[Difference], models: Mapping[str, str]) -
     ends = [end for each in shown for end in (each.low, each.high, each.change) if end is not None]
     low, high = min(0.0, *ends), max(0.0, *ends)
     room = 0.02 + 0.05 * (high - low) if main else 0.002 + 0.05 * (high - low)
-    axis = _percent_axis if main else _plain_axis
-    several = len({each.run for each in shown}) > 1
+    order = {task: place for place, task in enumerate(dict.fromkeys(each.task for each in shown))}
     return {
-        "x": axis(low - room, high + room),
+        "x": _axis(low - room, high + room, (lambda at: f"{100 * at:+g}") if main else (lambda at: f"{at:+.4g}")),
         "title": "Points; to the right is better" if main else "Difference; to the left is better",
         "zero": "baseline",
-        "rows": [
-            {
-                "name": f"{each.task} · {each.run}" if several else each.task,
-                "hue": models.get(each.run, ""),
-                "value": each.change,
-                "low": each.change if each.low is None else each.low,
-                "high": each.change if each.high is None else each.high,
-                "chance": None,
-                "told": [f"{each.run}: {_signed(each)}", f"{each.task}, {each.metric}", *_sureness(each)],
-            }
-            for each in shown
-        ],
+        "rows": _named_once(
+            [
+                {
+                    "name": each.task if main else f"{each.task}, {each.metric}",
+                    "hue": models.get(each.run, ""),
+                    "value": each.change,
+                    "low": each.change if each.low is None else each.low,
+                    "high": each.change if each.high is None else each.high,
+                    "chance": None,
+                    "told": [f"{each.run}: {_signed(each)}", f"{each.task}, {each.metric}", *_sureness(each)],
+                }
+                for each in sorted(shown, key=lambda each: order[each.task])
+            ]
+        ),
     }
 
 
@@ -404,13 +409,14 @@ def _tags(evaluations: Mapping[str, Evaluation]) -> dict[str, list[dict[str, Any
             if outcome.task in shares:
                 for tag, value in outcome.tags.items():
                     found[tag][value][name].append(_right(outcome))
+    shown = found.keys() - ({"depth", "length"} if found.keys() >= {"depth", "length"} else set())  # see `_heat`
     return {
         tag: [
             {"value": value, "cells": [_share_cell(by_model.get(name)) for name in evaluations]}
             for value, by_model in sorted(values.items(), key=lambda pair: _numeric(pair[0]))
         ]
         for tag, values in found.items()
-        if 1 < len(values) <= MOST_VALUES
+        if tag in shown and 1 < len(values) <= MOST_VALUES
     }
 
 
@@ -423,7 +429,7 @@ def _share_cell(scores: list[float] | None) -> dict[str, str] | None:
     if not scores:
         return None
     sure = binomial(sum(scores), len(scores))
-    return {"value": text_of("share", sure.value), "between": f"{between('share', sure)}, {len(scores):,} items"}
+    return {"value": text_of("share", sure.value), "between": between("share", sure)}
 
 
 def _costs(evaluations: Mapping[str, Evaluation]) -> Iterator[dict[str, Any]]:
@@ -490,16 +496,12 @@ def _digests(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]
 
 
 def _percent_axis(low: float, high: float) -> dict[str, Any]:
-    return _axis(low, high, lambda at: f"{round(100 * at, 6):g}%".replace("-", "−"))
-
-
-def _plain_axis(low: float, high: float) -> dict[str, Any]:
-    return _axis(low, high, lambda at: f"{at:.4g}".replace("-", "−"))
+    return _axis(low, high, lambda at: f"{round(100 * at, 6):g}%")
 
 
 def _axis(low: float, high: float, write: Callable[[float], str]) -> dict[str, Any]:
     axis = page.linear_axis(low, high, "")
-    return {**axis, "ticks": [(at, write(at)) for at, _ in axis["ticks"]]}
+    return {**axis, "ticks": [(at, write(at).replace("-", "−") if at else "0") for at, _ in axis["ticks"]]}
 
 
 def _counted(n: int, thing: str) -> str:

@@ -24,7 +24,7 @@ def tell_and_save(report: Report, run: Run) -> Path:
     run.charge("evaluate")
     evaluation = Evaluation.read(run.folder)
     _show(evaluation)
-    return page.write(run.folder, {run.name: evaluation}, title=Path(report.subject).name or report.subject)
+    return page.write(run.folder, {run.name: evaluation}, title=report.subject)
 
 
 def machine() -> dict[str, str]:
