@@ -202,6 +202,12 @@ def warm(shared_home) -> Iterator[subprocess.Popen]:
         server.kill()
 
 
+@pytest.fixture(scope="session")
+def espalier_in(warm) -> Callable[[Path], Espalier]:
+    """As `espalier`, in another folder."""
+    return lambda folder: Espalier(warm, folder)
+
+
 @pytest.fixture
 def espalier(warm, tmp_path) -> Espalier:
     """`espalier("run", recipe)` carries out a command in tmp_path."""

@@ -5,7 +5,7 @@
               ledger.jsonl    what it cost, entry by entry
               metrics.jsonl   what was logged, step by step
               checkpoint-N/   resumable states, whole or absent
-              stages/N/       the model as a stage left it, where the recipe has it kept
+              stage-N/        the model as a stage left it, where the recipe has it kept
               final/          the model folder
               report.html     the page
               log.txt         everything, tracebacks too
@@ -47,7 +47,7 @@ RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
 )
 LOCK = ".lock"
 FINAL = "final"
-STAGES = "stages"
+STAGE = "stage-"  # and its number, from 1
 VERSIONED = ("espalier", "torch", "transformers", "tokenizers", "datasets")
 
 log = logging.getLogger("espalier")

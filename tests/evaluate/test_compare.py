@@ -148,7 +148,7 @@ def test_what_is_no_finished_evaluation_is_refused(evaluated, compared, tmp_path
 
 def test_a_baseline_must_be_one_of_the_runs_and_each_run_is_named_once(evaluated, compared, tmp_path):
     one, other = evaluated("one", 0.5), evaluated("other", 0.5)
-    with pytest.raises(RecipeError, match="one of .*one, .*other"):
+    with pytest.raises(RecipeError, match=r"one of .*one, .*other"):
         compared(one, other, baseline=tmp_path / "third")
     with pytest.raises(RecipeError, match="a run that is named twice"):
         parse(CompareRecipe, "", [f"runs=[{one},{one}]"], where="command line")
@@ -210,7 +210,9 @@ def test_losses_are_paired_batch_by_batch_and_lower_is_better(tmp_path):
 
 
 def test_without_answers_figures_of_the_same_data_are_compared_as_independent(tmp_path):
-    one, other = (losses(name, 3.0 - 0.1 * at, noise=at, outcomes=False, tmp_path=tmp_path) for at, name in enumerate("ab"))
+    one, other = (
+        losses(name, 3.0 - 0.1 * at, noise=at, outcomes=False, tmp_path=tmp_path) for at, name in enumerate("ab")
+    )
     [found], _ = compare({"a": one, "b": other}, "a")
     assert found.n is None and found.chance is None
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * 0.3 / 30**0.5 * 2**0.5)
@@ -223,7 +225,9 @@ def test_bits_a_byte_are_compared_between_vocabularies_and_nats_a_token_are_not(
     one, other = losses("a", 3.0, tmp_path=tmp_path), losses("b", 2.0, noise=1, tmp_path=tmp_path)
     for at, each in enumerate((one, other)):
         each.report.add("held-out", "bpb", 1.0 - 0.2 * at, n=3000)
-    told = tuple(replace(outcome, id=f"x{outcome.id}", scores={**outcome.scores, "bpb": 0.8}) for outcome in other.outcomes)
+    told = tuple(
+        replace(outcome, id=f"x{outcome.id}", scores={**outcome.scores, "bpb": 0.8}) for outcome in other.outcomes
+    )
     found, notes = compare({"a": one, "b": replace(other, outcomes=told)}, "a")
     assert [(each.metric, round(each.change, 6)) for each in found] == [("bpb", -0.2)]
     assert notes == ["b: held-out is left out, since no item of it was answered in both runs."]

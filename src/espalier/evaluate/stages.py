@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from espalier.ledger import Cost
 from espalier.method import method
 from espalier.recipe import Recipe, parse
 from espalier.report import Report
-from espalier.run import FINAL, RESULTS, STAGES, Run
+from espalier.run import FINAL, RESULTS, STAGE, Run
 
 
 class StageByStageRecipe(Recipe):
@@ -64,18 +63,15 @@ def models(run: Path) -> dict[str, Path]:
 
     `RunError` where fewer than two were kept.
     """
-    found = {path.name: path for path in sorted(_kept(run))}
+    numbers = sorted(int(path.name.removeprefix(STAGE)) for path in run.glob(f"{STAGE}*") if path.is_dir())
+    found = {f"{STAGE}{number}": run / f"{STAGE}{number}" for number in numbers}
     if (run / FINAL).is_dir():
-        found[f"stage-{len(found) + 1}"] = run / FINAL
+        found[f"{STAGE}{len(found) + 1}"] = run / FINAL
     if len(found) < 2:
         raise RunError(
             str(run),
             found="no model but the last" if found else "no model folder",
-            expected=f"models in {STAGES}/, as each stage left them",
+            expected=f"models in {STAGE}1 and so on, as each stage left them",
             mend="Run the recipe with train.keep=stages under another name.",
         )
     return found
-
-
-def _kept(run: Path) -> Iterator[Path]:
-    return (path for path in (run / STAGES).glob("stage-*") if (path / "config.json").is_file())

@@ -24,7 +24,7 @@ from espalier.ledger import Cost
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
-from espalier.run import STAGES
+from espalier.run import STAGE
 from espalier.spec import DenseFamily, ModelSpec
 from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, Stretch, TrainRecipe
 
@@ -387,7 +387,7 @@ def _keep_stage(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
     from espalier.model import build
 
     run, progress = setting.run, state.progress
-    path = run.folder / STAGES / f"stage-{progress.stage + 1}"
+    path = run.folder / f"{STAGE}{progress.stage + 1}"
     if path.exists():
         return
     with files.whole_folder(path, need_bytes=memory.folder_bytes(state.spec, "float32")) as folder:
