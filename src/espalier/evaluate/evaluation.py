@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import RunError
-from espalier.evaluate.intervals import Interval, binomial, stderr
+from espalier.evaluate.intervals import Interval, binomial, mean_of_means, stderr
 from espalier.evaluate.items import SAMPLES, Outcome, read_outcomes
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cost, Ledger
@@ -97,6 +97,12 @@ class Evaluation:
         """(score, chance), every task counting alike; None where no task has a share."""
         shares = list(self.shares().values())
         return mean_pair(shares) if shares else None
+
+    @cached_property
+    def overall_interval(self) -> Interval | None:
+        """Of the overall score, by drawing each task's items anew."""
+        scores = [list(self.scores(task, self.main_metrics[task]).values()) for task in self.shares()]
+        return mean_of_means(scores) if scores else None
 
     @property
     def points(self) -> float:

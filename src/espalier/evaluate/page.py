@@ -120,7 +120,7 @@ def _headline(evaluations: Mapping[str, Evaluation]) -> list[Figure]:
     for name, each in evaluations.items():
         if each.overall:
             score, chance = each.overall
-            note = f"{100 * (score - chance):+.1f} points from chance, every task counting alike".replace("-", "−")
+            note = f"95%: {between('score', each.overall_interval)}; chance {text_of('score', chance)}"
             figures.append(Figure("Score" if len(evaluations) == 1 else name, f"{100 * score:.1f}%", note))
         else:
             figures += [
@@ -293,8 +293,8 @@ def _growth(evaluations: Mapping[str, Evaluation], spent: Mapping[str, Cost]) ->
             for task in tasks
         ]
         if len(tasks) > 1:
-            means = [(each.overall or (0.0, 0.0))[0] for _, each, _ in stages]
-            lines.insert(0, ("overall", [(mean, None) for mean in means]))
+            overall = [each.overall_interval for _, each, _ in stages]
+            lines.insert(0, ("overall", [(sure.value, sure) for sure in overall if sure]))
         metric, axis = "score", _percent_axis(0, 1)
     else:
         metric = stages[0][1].report.rows[0].metric
