@@ -117,6 +117,16 @@ def test_axes_of_a_radar_are_the_tasks_that_all_have(folder):
     assert charts(page.render(folder, both, "Title"))["radar"]["axes"] == list(TASKS[1:])
 
 
+def test_more_tasks_than_a_radar_has_room_for_are_shown_by_group(folder):
+    tasks = [f"task {number:02}" for number in range(30)]
+    groups = {f"group {g}": tasks[10 * g : 10 * g + 10] for g in range(3)}
+    one = evaluation(folder, "m", 0.5, tasks, groups=groups)
+    radar = charts(page.render(folder, {"run": one}, "Title"))["radar"]
+    assert radar["axes"] == list(groups)
+    means = [sum(one.shares()[task][0] for task in each) / 10 for each in groups.values()]
+    assert radar["models"][0]["values"] == pytest.approx(means) and radar["chance"] == [0.25] * 3
+
+
 def test_what_was_hidden_is_a_map_of_depth_and_length(folder):
     html = page.render(folder, {"run": evaluation(folder, "m", 0.5)}, "Title")
     section = html.split('id="needle"')[1].split("</section>")[0]

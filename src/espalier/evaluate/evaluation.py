@@ -92,6 +92,15 @@ class Evaluation:
             if metric not in LOWER_IS_BETTER
         }
 
+    def groups(self) -> dict[str, tuple[float, float]]:
+        """(score, chance) of each group that the results name, its tasks counting alike."""
+        shares = self.shares()
+        by_group = {
+            group: [shares[task] for task in tasks if task in shares]
+            for group, tasks in self.report.context.get("groups", {}).items()
+        }
+        return {group: mean_pair(each) for group, each in by_group.items() if each}
+
     @property
     def overall(self) -> tuple[float, float] | None:
         """(score, chance), every task counting alike; None where no task has a share."""

@@ -139,12 +139,23 @@ def _named(name: str, row: Row, evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def _radar(evaluations: Mapping[str, Evaluation], models: Mapping[str, str]) -> dict[str, Any] | None:
-    """An axis a task that all have, from 0 to 1; a polygon a model, and one of chance."""
-    shares = {name: each.shares() for name, each in evaluations.items()}
-    axes = [task for task in next(iter(shares.values())) if all(task in each for each in shares.values())]
-    if len(axes) not in RADAR_AXES:
-        return None
-    chances = [[each[task][1] for each in shares.values()] for task in axes]
+    """An axis a task that all have, or a group where tasks are too many; a polygon a model, and one of chance."""
+    tasks = {name: each.shares() for name, each in evaluations.items()}
+    groups = {name: each.groups() for name, each in evaluations.items()}
+    for found in (tasks, groups):
+        axes = [axis for axis in next(iter(found.values())) if all(axis in each for each in found.values())]
+        if len(axes) in RADAR_AXES:
+            return _drawn_radar(evaluations, models, found, axes)
+    return None
+
+
+def _drawn_radar(
+    evaluations: Mapping[str, Evaluation],
+    models: Mapping[str, str],
+    found: Mapping[str, Mapping[str, tuple[float, float]]],
+    axes: Sequence[str],
+) -> dict[str, Any]:
+    chances = [[each[axis][1] for each in found.values()] for axis in axes]
     return {
         "axes": axes,
         "chance": [sum(each) / len(each) for each in chances],
@@ -152,8 +163,8 @@ def _radar(evaluations: Mapping[str, Evaluation], models: Mapping[str, str]) -> 
             {
                 "name": name,
                 "hue": hue,
-                "values": [shares[name][task][0] for task in axes],
-                "told": [_told_score(name, evaluations[name], task) for task in axes],
+                "values": [found[name][axis][0] for axis in axes],
+                "told": [_told_score(name, evaluations[name], axis, *found[name][axis]) for axis in axes],
             }
             for name, hue in models.items()
         ],
@@ -169,7 +180,7 @@ def _scores(evaluations: Mapping[str, Evaluation], models: Mapping[str, str]) ->
             "value": score,
             **_ends(evaluations[name], task, score),
             "chance": chance,
-            "told": _told_score(name, evaluations[name], task),
+            "told": _told_score(name, evaluations[name], task, score, chance),
         }
         for task in dict.fromkeys(task for each in evaluations.values() for task in each.shares())
         for name in models
@@ -195,12 +206,14 @@ def _row(each: Evaluation, task: str) -> Row:
     return next(row for row in each.report.rows if (row.task, row.metric) == (task, each.main_metrics[task]))
 
 
-def _told_score(name: str, each: Evaluation, task: str) -> list[str]:
-    row, chance = _row(each, task), each.chance(task)
+def _told_score(name: str, each: Evaluation, axis: str, score: float, chance: float) -> list[str]:
+    """What is known of a task's score, or of a group's."""
+    lines = [f"{name}: {text_of('score', score)}", axis, f"chance {text_of('score', chance)}"]
+    if axis not in each.main_metrics:
+        return lines
+    row = _row(each, axis)
     sure = each.interval(row)
-    lines = [f"{name}: {text_of(row.metric, row.value)}", task]
-    lines += [f"95%: {between(row.metric, sure)}"] if sure else []
-    return [*lines, f"chance {text_of(row.metric, chance)}", f"{row.n:,} items" if row.n else row.metric]
+    return lines + ([f"95%: {between(row.metric, sure)}"] if sure else []) + ([f"{row.n:,} items"] if row.n else [])
 
 
 def _differences(differences: Sequence[Difference], models: Mapping[str, str]) -> dict[str, Any] | None:
