@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,9 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)  # built once: it takes longer than reading a thousand lines
-
-
 def _read(kind: Any, path: Path, number: int, line: str) -> Any:
     try:
-        return _adapter(kind).validate_json(line)
+        return TypeAdapter(kind).validate_json(line)
     except ValidationError as error:
         complaint = error.errors()[0]
         key = ".".join(map(str, complaint["loc"]))
