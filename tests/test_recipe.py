@@ -105,6 +105,7 @@ VALUES = {
     "serving": {"queries_per_day": 1e6},
     "reference_tokens": 1e9,
     "width": 32,
+    "items": "null",
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
     "Law": {"parameters": {"low": 1e5, "high": 1e7}, "tokens": {"low": 1e6, "high": 1e6}},

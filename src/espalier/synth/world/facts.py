@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,11 +48,11 @@ Chain = tuple[Fact, ...]
 
 
 def invent(schema: Schema, seed: int, count: int) -> tuple[Fact, ...]:
-    """So many facts, or as many as relations and entities make if that is fewer."""
+    """So many facts of the schema's relations, drawn from all that its entities have."""
     draw = random.Random(f"{seed}/facts")
     roots = _roots(schema, seed)
     entities = {
-        name: _entities(schema, name, islice(roots, max(FEWEST, round(kind.share * count))), draw)
+        name: _entities(schema, name, islice(roots, max(FEWEST, math.ceil(kind.share * count))), draw)
         for name, kind in schema.kinds.items()
     }
     everything = [

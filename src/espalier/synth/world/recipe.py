@@ -22,7 +22,7 @@ class WorldRecipe(Recipe):
     seed: int = Field(default=0, ge=0, description="worlds whose seeds differ modulo 64 share no name")
     facts: int = Field(default=200, ge=40, le=4000)
     languages: tuple[Literal["en", "de", "fr", "zh"], ...] = Field(default=("en", "de", "zh"), min_length=1)
-    wordings: int = Field(default=8, ge=1, le=10)
+    wordings: int = Field(default=12, ge=1, le=18)
     items: int = Field(default=400, ge=1)
     two_hop: float = Field(default=0.25, ge=0, le=1)
     distractors: int = Field(default=3, ge=1, le=7)
