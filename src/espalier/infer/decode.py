@@ -196,9 +196,7 @@ class Writer:
         width = max(map(len, tokens))
         known = [len(read) - len(guess) for read, guess in zip(tokens, guesses, strict=True)]
         starts = [len(text.tokens) - before for text, before in zip(texts, known, strict=True)]
-        wanted = [
-            row * width + place for row, read in enumerate(tokens) for place in range(known[row] - 1, len(read))
-        ]
+        wanted = [row * width + place for row, read in enumerate(tokens) for place in range(known[row] - 1, len(read))]
         logits = self.read(tokens, starts, cache, rows, wanted)
         for text, read, guess, start in zip(texts, tokens, guesses, starts, strict=True):
             text.flops += self.passes.flops(len(read), start + len(read), 1 + len(guess))
@@ -215,9 +213,7 @@ class Writer:
             self._take(text, guess, found[begin:end], logits[begin:end], normalizers[begin:end])
             begin = end
 
-    def read(
-        self, tokens: list[list[int]], starts: list[int], cache: Slots, rows: slice, wanted: list[int]
-    ) -> Tensor:
+    def read(self, tokens: list[list[int]], starts: list[int], cache: Slots, rows: slice, wanted: list[int]) -> Tensor:
         """Logits [wanted, vocabulary] of tokens that begin at `starts` of the texts in `rows`."""
         width, device = max(map(len, tokens)), self.passes.device
         ids = torch.tensor([read + [0] * (width - len(read)) for read in tokens], device=device)
@@ -304,7 +300,9 @@ def stem_length(texts: Sequence[Text]) -> int:
 
 def draw(logits: Tensor, request: Generate, chance: random.Random) -> int:
     """A token by its probability at the request's temperature, among the most probable that sum to `top_p`."""
-    probabilities, order = torch.softmax(logits.double() / request.temperature, dim=-1).sort(descending=True, stable=True)
+    probabilities, order = torch.softmax(logits.double() / request.temperature, dim=-1).sort(
+        descending=True, stable=True
+    )
     sums = probabilities.cumsum(-1)
     kept = int((sums - probabilities < request.top_p).sum())
     place = int(torch.searchsorted(sums[:kept], chance.random() * sums[kept - 1]))

@@ -71,10 +71,10 @@ class Local:
         if texts := self._texts(requests):
             slots, length = self.writer.slots(texts, self._cache_bytes)
             held = slots * length * self.passes.token_bytes
-            self.run.tell(f"{len(texts):,} texts to write, {slots} at a time, {units.si(held, 'B')} of keys and values.")
-            yield from self.writer.write(
-                texts, cache_bytes=self._cache_bytes, batch_tokens=self.recipe.batch_tokens
+            self.run.tell(
+                f"{len(texts):,} texts to write, {slots} at a time, {units.si(held, 'B')} of keys and values."
             )
+            yield from self.writer.write(texts, cache_bytes=self._cache_bytes, batch_tokens=self.recipe.batch_tokens)
 
     def count(self, text: str) -> int:
         return len(self._encode([text])[text])
@@ -87,9 +87,7 @@ class Local:
         known = stem_length(texts) if texts else 0
         reading += self.passes.flops(known, known, 0)
         reading += sum(self.passes.flops(text.prompt - known, text.prompt, 1) for text in texts)
-        writing = sum(
-            self.passes.flops(text.left - 1, text.prompt + text.left / 2, text.left - 1) for text in texts
-        )
+        writing = sum(self.passes.flops(text.left - 1, text.prompt + text.left / 2, text.left - 1) for text in texts)
         seconds = reading * self._seconds_per_flop() if reading else 0.0
         if texts:
             slots, length = self.writer.slots(texts, self._cache_bytes)
