@@ -114,6 +114,7 @@ VALUES = {
     "width": 32,
     "tasks": ["1e5", "items:a: b"],
     "runs": ["1e5", "off"],
+    "items": "null",
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
     "Law": {"parameters": {"low": 1e5, "high": 1e7}, "tokens": {"low": 1e6, "high": 1e6}},

@@ -1,1 +1,1 @@
-"""Looking inside: what a score alone doesn't tell about a model."""
+"""Looking behind a score: where it comes from, and whether it is knowledge."""
