@@ -68,7 +68,7 @@ class Model:
         tokens, logprobs, greedy = zip(*found, strict=True)
         return tokens, logprobs, all(greedy)
 
-    def write(self, prompt: str, max_tokens: int, stop: tuple[str, ...] = (), sampled: object = None) -> list[str]:
+    def write(self, prompt: str, max_tokens: int, stop: tuple[str, ...] = (), sampled: object = 0.0) -> list[str]:
         """Tokens after a prompt, up to the one in which a stop ends."""
         written: list[str] = []
         while len(written) < max_tokens and not any(end in "".join(written) for end in stop):
