@@ -181,8 +181,7 @@ class Remote:
         """End what is in flight, and say how much was known before. Once is enough, twice does no harm."""
         if self._background.closed:
             return
-        self._background.run(self._client.aclose())
-        self._background.close()
+        self._background.close(self._client.aclose())
         self._cache.close()
         if self._known:
             self.run.tell(
