@@ -33,7 +33,7 @@ from espalier.recipe import Recipe  # noqa: E402
 from espalier.run import Run  # noqa: E402
 
 CALLS, SHARE, SEEDS = 2000, 0.3, (0, 1, 2)
-HASTE = 6.0
+HASTE = 10.0
 SETTINGS = {
     "concurrency": 16,
     "timeout_seconds": 2.0,
@@ -136,12 +136,11 @@ def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    results = [one(seed) for seed in SEEDS]
+    results = []
+    for seed in SEEDS:
+        results.append(one(seed))
+        print(results[-1], flush=True)
     (HERE / "result.json").write_text(json.dumps({"settings": SETTINGS, "results": results}, indent=1) + "\n")
-    for result in results:
-        for name in ("free", "again", "capped", "hasty"):
-            print(result["seed"], name, result[name])
-        print(result["kinds"])
 
 
 if __name__ == "__main__":

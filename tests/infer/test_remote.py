@@ -136,6 +136,22 @@ def test_text_is_written_with_or_without_probabilities(serve, connect, api, refu
     assert answers[0].finish == "length" and answers[-2].finish == "stop"
 
 
+def test_a_stop_that_a_server_leaves_in_is_cut_off(serve, connect, monkeypatch):
+    server = serve()
+    told = server.complete
+
+    def sloppy(body):
+        reply = told(body)
+        reply["choices"][0]["text"] = "".join(reply["choices"][0]["logprobs"]["tokens"])
+        return reply
+
+    monkeypatch.setattr(server, "complete", sloppy)
+    request = Generate(PROMPTS[0], 30, stop=("frame", " is"))
+    [answer] = answer_all(connect(server), [request])
+    require_right(request, answer)
+    assert answer.finish == "stop"
+
+
 def test_a_refused_way_of_asking_is_tried_once(serve, connect):
     server = serve(refuses=("logprobs",))
     engine = connect(server, concurrency=1)
@@ -324,6 +340,21 @@ def test_when_one_is_given_up_the_others_were_yielded_and_are_kept(serve, connec
     assert set(server.answered.values()) == {1}
 
 
+def test_what_comes_at_the_same_moment_as_an_error_is_yielded_before_it(serve, connect):
+    engine = connect(serve())
+
+    async def ask(key, request, purse):
+        if request == WRITTEN[0]:
+            raise RunError("", found="", expected="", mend="")
+        purse.untaken[key] = 0.0
+        return Answer("", (), (), True, 0, 0, "stop")
+
+    engine._ask, got = ask, []
+    with pytest.raises(RunError):
+        got.extend(engine.answers(WRITTEN[:8]))
+    assert len(got) == 7
+
+
 @pytest.mark.parametrize(("fault", "least"), [("429 and wait", 0.2), ("429 and a date", 0.9)])
 def test_a_server_is_given_the_time_that_it_asks_for(serve, connect, fault, least):
     server = serve(script=lambda number: fault if number == 0 else None)
@@ -445,6 +476,12 @@ def test_another_model_or_api_or_a_cache_that_isnt_used_is_asked_anew(serve, con
     answer_all(connect(server), WRITTEN[:3])
     answer_all(connect(server, **changed), WRITTEN[:3])
     assert set(server.answered.values()) == {2}
+
+
+def test_another_server_is_asked_anew(serve, connect):
+    for server in (serve(), serve()):
+        answer_all(connect(server), WRITTEN[:3])
+        assert server.answered.total() == 3
 
 
 def test_a_cache_that_is_off_keeps_nothing_and_refresh_keeps(serve, connect, tmp_path):
