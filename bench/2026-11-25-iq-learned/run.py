@@ -41,10 +41,10 @@ from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe
 HERE = Path(__file__).parent
 TASK, LANGUAGES = "full_repeating", tuple(LETTERS)
 SEEDS, ITEMS = (0,), 180
-TOKENS, ROW, ROWS = 5_000_000, 192, 8
+TOKENS, ROW, ROWS = 3_500_000, 192, 8
 SHAPE = {
     "hidden_size": 64,
-    "intermediate_size": 32,
+    "intermediate_size": 160,
     "num_hidden_layers": 2,
     "head_dim": 32,
     "max_position_embeddings": 512,
