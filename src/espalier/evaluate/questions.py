@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from espalier.errors import DataError
-from espalier.evaluate.items import Item, read_all
+from espalier.evaluate.items import Item, read_rows
 
 LETTERS = string.ascii_uppercase[:24]
 LETTERED = "Context: {context}\nQuestion: {question}\nOptions:\n{options}Answer:"
@@ -77,7 +77,7 @@ class Prompt:
 
 def read_questions(path: Path) -> list[Question]:
     """The questions of a JSON lines file; `DataError` with the line of one that isn't a question."""
-    questions = read_all(Question, path)
+    questions = read_rows(Question, path)
     if not questions:
         raise DataError(str(path), found="no questions", expected="a question a line", mend="Name another file.")
     return questions

@@ -18,7 +18,7 @@ from espalier.evaluate.audits import choice
 from espalier.evaluate.audits.reading import Reader
 from espalier.evaluate.audits.readings import read_all, read_options, without
 from espalier.evaluate.intervals import paired_bootstrap, stderr
-from espalier.evaluate.items import Outcome, read_all
+from espalier.evaluate.items import Outcome, read_rows
 from espalier.evaluate.questions import LETTERS, Question, as_item, render
 from espalier.report import Report
 
@@ -46,7 +46,7 @@ def write_heads(path: Path, heads: dict[str, Head], reader: Reader) -> None:
 
 def read_heads(path: Path, reader: Reader) -> dict[str, Head]:
     """The heads of a file; refused where the model hasn't got them, or they were chosen at other tokens or vectors."""
-    found, *_ = read_all(ChosenHeads, path) or [ChosenHeads("", "", {})]
+    found, *_ = read_rows(ChosenHeads, path) or [ChosenHeads("", "", {})]
     layers, heads = len(reader.layers), reader.layers[0].heads
     as_chosen = (found.token, found.vectors) == (reader.token, reader.vectors)
     for kind in reader.kinds:
