@@ -154,7 +154,7 @@ class Passes:
     def mask(self, seen: Tensor) -> Tensor:
         """What attention adds to its scores [rows, 1, queries, keys]: nothing where a key is seen."""
         dtype = self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
         return mask[:, None].to(self.device)
 
     def _scored(self, trees: Sequence[Tree], length: int, logprobs: list[float], greedy: list[bool]) -> list[Scored]:
@@ -185,9 +185,9 @@ class Passes:
             self.token_bytes = stem.token_bytes
         except Exception:  # whatever a model says that has no use for such a mask or cache
             return False
-        values = [np.array([value for score in scores for value in score.logprobs]) for scores in (alone, together)]
+        one, other = ([value for score in scores for value in score.logprobs] for scores in (alone, together))
         rough = 100 if self.model.dtype == torch.bfloat16 else 1
-        return bool(np.allclose(*values, rtol=0, atol=rough * SAME))
+        return bool(np.allclose(one, other, rtol=0, atol=rough * SAME))
 
 
 def likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

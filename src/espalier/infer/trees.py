@@ -66,7 +66,8 @@ class Tree:
     @classmethod
     def of(cls, sorted_windows: Sequence[Window], stem: int) -> Tree:
         """The tree of windows in the order of their inputs, of which the first `stem` are the stem's."""
-        tree, path, before = cls(stem), [], ()
+        tree, path = cls(stem), list[int]()
+        before: tuple[int, ...] = ()
         for window in sorted_windows:
             shared = common(before, window.inputs) - stem if before else 0
             path = path[:shared]
