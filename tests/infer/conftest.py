@@ -24,7 +24,7 @@ SIZES = {
 }
 GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.3}
 MAMBA = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
-# What transformers calls a family, and its sizes; the last three can't be shown trees.
+# What transformers calls a family, and its sizes; the last four have windows, or what a mask of ours can't say.
 MODELS = {
     "granite": ("granite", SIZES | {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.7}),
     "llama": ("llama", SIZES),
@@ -33,6 +33,7 @@ MODELS = {
     "gpt2": ("gpt2", GPT2),
     "mixtral": ("mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "windowed": ("mistral", SIZES | {"sliding_window": 16}),
+    "wide-windowed": ("mistral", SIZES | {"sliding_window": 24}),
     "softcapped": ("gemma2", SIZES | {"head_dim": 16, "sliding_window": 16}),
     "recurrent": ("mamba", MAMBA),
 }

@@ -17,7 +17,7 @@ from espalier.infer.engine import Generate, Score, answer_all, open_engine
 from espalier.infer.recipe import EngineRecipe
 from espalier.ledger import Rates
 
-TREES = ("granite", "llama", "llama-tied", "qwen3", "gpt2", "mixtral")
+TREES = ("granite", "llama", "llama-tied", "qwen3", "gpt2", "mixtral", "wide-windowed")
 OTHERS = ("windowed", "softcapped", "recurrent")
 CLOSE = 1e-5
 WORDS = ("the", " cat", " sat", "\n", " on the mat", " é", "zz", " ")
@@ -99,8 +99,10 @@ def assert_same(one, other):
 
 
 SHARED = [Score("the cat sat on the mat and", option) for option in (" the", " the dog", " the dog ran", "?", " the")]
+LONG = "the dog that saw the zebra at 4 o'clock"
 MIXED = [
     *SHARED,
+    *(Score(LONG, option) for option in (" ran", " sat on the mat")),
     Score("the cat ", "sat"),
     Score("", "the cat"),
     Score("a", " the cat sat on the mat"),

@@ -18,6 +18,8 @@ from espalier.folder import ModelFolder
 from espalier.infer.trees import Group, Tree, Window, chains, plant
 from espalier.spec import ModelSpec
 
+# Tokens of a tree at most: its mask grows with their square.
+ROW_TOKENS = 2048
 # How far two ways of computing the same log-probabilities in fp32 may differ.
 SAME = 1e-3
 
@@ -93,8 +95,8 @@ class Passes:
     def plant(self, windows: Sequence[Window], batch_tokens: int) -> Group:
         """The rows in which windows are best read; those that are longer than the model's trees apart."""
         small = [window for window in windows if len(window.inputs) <= self.tree_tokens]
-        group = plant(small, row_tokens=batch_tokens, token_worth=self.token_worth)
-        group.trees += chains([window for window in windows if len(window.inputs) > self.tree_tokens]).trees
+        group = plant(small, row_tokens=min(batch_tokens, ROW_TOKENS), token_worth=self.token_worth)
+        group.groups.append(chains([window for window in windows if len(window.inputs) > self.tree_tokens]))
         return group
 
     @property
