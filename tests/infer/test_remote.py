@@ -226,7 +226,8 @@ def words(tmp_path) -> Path:
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\W"), "isolated")
     made.add_special_tokens(["<end>"])
     made.save(str(folder / "tokenizer.json"))
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    template += "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}[me]{% endif %}"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -286,6 +287,8 @@ def test_a_conversation_is_written_by_whose_template_it_is(serve, connect, words
     assert connect(serve(), api="chat").chat(talk[1:]) == "Hi"
     with pytest.raises(RecipeError, match=r"remote\.tokenizer=FOLDER"):
         connect(serve()).chat(talk)
+    with pytest.raises(DataError, match="no tools"):
+        connect(serve(), tokenizer=words).chat([{"role": "tool", "content": "4"}])
     with pytest.raises(RecipeError, match="several turns"):
         connect(serve(), api="chat").chat([*talk, {"role": "assistant", "content": "Yes?"}])
 
