@@ -8,7 +8,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.evaluate.intervals import binomial
@@ -26,6 +26,7 @@ def first(task: str, n: int, *languages: str, **told):
 
 
 @pytest.mark.parametrize(("task", "language"), EVERY)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_an_oracle_that_knows_the_rule_is_always_right(solve, task, language, data):
     told = {
