@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,12 @@ def warm(shared_home) -> Iterator[subprocess.Popen]:
         server.kill()
 
 
+@pytest.fixture(scope="session")
+def espalier_in(warm) -> Callable[[Path], Espalier]:
+    """As `espalier`, in another folder."""
+    return lambda folder: Espalier(warm, folder)
+
+
 @pytest.fixture
 def espalier(warm, tmp_path) -> Espalier:
     """`espalier("run", recipe)` carries out a command in tmp_path."""
@@ -249,3 +256,39 @@ def logged_steps() -> Callable[[Path], int]:
         return max((line["step"] for line in read_lines(run / METRICS)), default=0)
 
     return logged_steps
+
+
+@pytest.fixture
+def browse(tmp_path) -> Callable[[str, str, int], list[str]]:
+    """What a script at a page's end says, through the page's title, when a browser has shown the page."""
+    if not shutil.which("chromium"):
+        pytest.skip("needs a browser")
+
+    def browse(html: str, probe: str, width: int) -> list[str]:
+        (tmp_path / "page.html").write_text(html.replace("</body>", probe), encoding="utf-8")
+        dom = subprocess.run(
+            [
+                "chromium",
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--disable-sync",
+                "--disable-background-networking",
+                "--disable-component-update",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--window-size={width},900",
+                "--virtual-time-budget=2000",
+                "--dump-dom",
+                f"file://{tmp_path / 'page.html'}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        title = re.search(r"<title>(.*?)</title>", dom)
+        assert title
+        return title[1].split(" | ")
+
+    return browse

@@ -6,11 +6,8 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
 from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -551,44 +548,14 @@ setTimeout(() => {
 </script></body>"""
 
 
-def title_after(probe: str, view: View, folder: Path, width: int) -> list[str]:
-    """What a script says, through the page's title, when a browser has shown the page."""
-    (folder / "page.html").write_text(render(view).replace("</body>", probe), encoding="utf-8")
-    dom = subprocess.run(
-        [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-sync",
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={width},900",
-            "--virtual-time-budget=2000",
-            "--dump-dom",
-            f"file://{folder / 'page.html'}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
-    title = re.search(r"<title>(.*?)</title>", dom)
-    assert title
-    return title[1].split(" | ")
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
 @pytest.mark.parametrize("width", [500, 1280])
-def test_a_browser_draws_every_axis_with_labels_apart_and_the_page_fits(tmp_path, width):
+def test_a_browser_draws_every_axis_with_labels_apart_and_the_page_fits(browse, width):
     view, train = example_view(), example_view().curves[0].points
     growth = [
         GrowthPoint(f"{n} → {n + 1} layers", p.tokens, p.flops, p.usd, p.seconds, p.step, 2.1, 2.2)
         for n, p in enumerate(train[20::40])
     ]
-    said = title_after(PROBE, replace(view, growth=growth), tmp_path, width)
+    said = browse(render(replace(view, growth=growth)), PROBE, width)
     axes = [f"{name} clear" for name in ("flops", "tokens", "usd", "seconds", "linear", "log")]
     first = f"validation {view.curves[1].points[1].loss:.3f}"  # step 0 has no place on a log axis
     assert said == [*axes, f"tip {first}", "fits"]
@@ -618,13 +585,12 @@ setTimeout(() => {
 </script></body>"""
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
 @pytest.mark.parametrize(("width", "named"), [(500, 0), (1280, 12)])
-def test_a_browser_names_ends_apart_and_brings_out_the_curve_asked_for(tmp_path, width, named):
+def test_a_browser_names_ends_apart_and_brings_out_the_curve_asked_for(browse, width, named):
     view = compared_view()
     tip = f"tip small only {view.curves[1].points[-2].loss:.3f}"
     expected = [f"{named} apart", "lit 3", "lit ", tip, "lit 1", "11 differences", "fits"]
-    assert title_after(COMPARED_PROBE, view, tmp_path, width) == expected
+    assert browse(render(view), COMPARED_PROBE, width) == expected
 
 
 def law_view() -> View:
@@ -669,8 +635,7 @@ setTimeout(() => {
 </script></body>"""
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
 @pytest.mark.parametrize("width", [500, 1280])
-def test_a_browser_draws_a_law_and_reads_its_lines(tmp_path, width):
+def test_a_browser_draws_a_law_and_reads_its_lines(browse, width):
     expected = ["6 runs", "2 lines", "2 bands", "tip long &amp; more: expected 1.700", "fits"]
-    assert title_after(LAW_PROBE, law_view(), tmp_path, width) == expected
+    assert browse(render(law_view()), LAW_PROBE, width) == expected

@@ -113,6 +113,8 @@ VALUES = {
     "reference_tokens": 1e9,
     "width": 32,
     "tasks": ["1e5", "items:a: b"],
+    "runs": ["1e5", "off"],
+    "items": "null",
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
     "Law": {"parameters": {"low": 1e5, "high": 1e7}, "tokens": {"low": 1e6, "high": 1e6}},
@@ -122,6 +124,7 @@ BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "Identi
     "DensityRecipe": {"score": 0.5},
     "QueriesRecipe": {"tokens": "1e5"},
     "LifecycleRecipe": {"budget": 1e5},
+    "StageByStageRecipe": {"run": "on"},
 }
 
 

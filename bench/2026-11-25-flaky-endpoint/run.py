@@ -3,8 +3,9 @@
     python bench/2026-11-25-flaky-endpoint/run.py
 
 The server is that of the tests, on this machine: its model is a hash, so every answer can be checked, and it counts
-what it answered. Half of the calls score a continuation, half write. Each seed is asked three times: without a cap on
-money, once more from the cache, and with a cap that isn't enough.
+what it answered. Half of the calls score a continuation, half write. Each seed is asked four times: without a cap on
+money, once more from the cache, with a cap that isn't enough, and with a deadline that often isn't, as many runs after
+each other as it takes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.insert(0, str(HERE.parent.parent / "tests" / "infer"))
 
 import stub  # noqa: E402
 
-from espalier.errors import BudgetError  # noqa: E402
+from espalier.errors import BudgetError, RunError  # noqa: E402
 from espalier.infer.engine import Answer, Generate, Request, Score  # noqa: E402
 from espalier.infer.recipe import EngineRecipe  # noqa: E402
 from espalier.infer.remote import Remote  # noqa: E402
@@ -32,6 +33,7 @@ from espalier.recipe import Recipe  # noqa: E402
 from espalier.run import Run  # noqa: E402
 
 CALLS, SHARE, SEEDS = 2000, 0.3, (0, 1, 2)
+HASTE = 10.0
 SETTINGS = {
     "concurrency": 16,
     "timeout_seconds": 2.0,
@@ -70,18 +72,19 @@ class Watched(Remote):
             self.took.append(time.monotonic() - began)
 
 
-def asked(server: stub.Stub, folder: Path, usd: float) -> dict[str, Any]:
-    """Ask all requests under a cap; what came of it."""
+def asked(server: stub.Stub, folder: Path, usd: float = float("inf"), **settings: float) -> dict[str, Any]:
+    """Ask all requests under a cap, with changed settings; what came of it."""
     before = server.answered.copy()
     faults, came = server.faults.total(), server.came.total()
-    recipe = EngineRecipe(model="hash", url=server.url, remote=SETTINGS)
-    with Run.start(folder, Recipe(), cap=Cap(usd=usd)) as run:
+    recipe = EngineRecipe(model="hash", url=server.url, remote=SETTINGS | settings)
+    with Run.start(folder, Recipe(), cap=Cap(usd=usd), tell=lambda line: None) as run:
         engine = Watched.open(recipe, run)
         answers: list[tuple[int, Answer]] = []
         began, ended = time.monotonic(), "all asked"
         try:
-            answers += engine.answers(requests())
-        except BudgetError as error:
+            for answer in engine.answers(requests()):
+                answers.append(answer)
+        except (BudgetError, RunError) as error:
             ended = str(error)
         seconds = time.monotonic() - began
         engine.close()
@@ -107,21 +110,37 @@ def asked(server: stub.Stub, folder: Path, usd: float) -> dict[str, Any]:
 def one(seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, stub.Stub(faults=SHARE, seed=seed) as server:
         os.environ["ESPALIER_HOME"] = f"{place}/home"
-        free = asked(server, Path(place) / "free", float("inf"))
+        free = asked(server, Path(place) / "free")
         kinds = dict(server.faults)
-        again = asked(server, Path(place) / "again", float("inf"))
+        again = asked(server, Path(place) / "again")
         os.environ["ESPALIER_HOME"] = f"{place}/another"
         capped = asked(server, Path(place) / "capped", free["usd"] / 2)
-    return {"seed": seed, "kinds": kinds, "free": free, "again": again, "capped": capped}
+        os.environ["ESPALIER_HOME"] = f"{place}/third"
+        hasty = [asked(server, Path(place) / "hasty0", deadline_seconds=HASTE)]
+        while hasty[-1]["ended"] != "all asked":
+            hasty.append(asked(server, Path(place) / f"hasty{len(hasty)}", deadline_seconds=HASTE))
+    return {"seed": seed, "kinds": kinds, "free": free, "again": again, "capped": capped, "hasty": together(hasty)}
+
+
+def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of runs that went on where the one before ended: the last one has all answers."""
+    added = ("answered_by_server", "requests", "faults", "usd", "seconds")
+    return {
+        **runs[-1],
+        **{name: sum(run[name] for run in runs) for name in added},
+        "longest_seconds": max(run["longest_seconds"] for run in runs),
+        "wrong": sum(run["wrong"] for run in runs),
+        "doubled": sum(run["answered_by_server"] for run in runs) - CALLS,
+        "runs": len(runs),
+    }
 
 
 def main() -> None:
-    results = [one(seed) for seed in SEEDS]
+    results = []
+    for seed in SEEDS:
+        results.append(one(seed))
+        print(results[-1], flush=True)
     (HERE / "result.json").write_text(json.dumps({"settings": SETTINGS, "results": results}, indent=1) + "\n")
-    for result in results:
-        for name in ("free", "again", "capped"):
-            print(result["seed"], name, result[name])
-        print(result["kinds"])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 from espalier.errors import RecipeError
 from espalier.recipe import Recipe
 
-VERBS = ("budget", "data", "grow", "evaluate")
+VERBS = ("budget", "data", "grow", "synth", "evaluate")
 
 Status = Literal["preview", "proven"]
 F = TypeVar("F", bound=Callable[..., Any])

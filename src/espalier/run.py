@@ -5,6 +5,7 @@
               ledger.jsonl    what it cost, entry by entry
               metrics.jsonl   what was logged, step by step
               checkpoint-N/   resumable states, whole or absent
+              stage-N/        the model as a stage left it, where the recipe has it kept
               final/          the model folder
               report.html     the page
               log.txt         everything, tracebacks too
@@ -46,6 +47,7 @@ RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
 )
 LOCK = ".lock"
 FINAL = "final"
+STAGE = "stage-"  # and its number, from 1
 VERSIONED = ("espalier", "torch", "transformers", "tokenizers", "datasets")
 
 log = logging.getLogger("espalier")

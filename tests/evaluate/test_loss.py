@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from espalier import files
+from espalier.evaluate.items import SAMPLES, read_outcomes
 from espalier.folder import ModelFolder
 from espalier.ledger import Ledger
 from espalier.report import Report
@@ -45,6 +46,27 @@ def test_more_text_than_is_held_out_means_all_of_it(evaluate, finished):
     done, run = evaluate(finished / FINAL, "eval_tokens=1000000")
     assert done.code == 0, done.err
     assert Report.load(run / RESULTS).rows[0].n > 1000
+
+
+def test_a_user_s_rows_are_taken_and_models_compared_batch_by_batch_on_them(espalier, finished, tmp_path, corpus):
+    rows = [json.dumps({"text": path.read_text()}) for path in sorted(corpus.iterdir())]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    last = max(finished.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    first = min(finished.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    told = ("data.sources=[rows.jsonl]", "data.held_out=0.3", "data.sequence_length=16", "eval_tokens=2000")
+    for name, model in (("first", first), ("last", last)):
+        done = espalier("evaluate", "loss", f"model={model}", *told, "per_device_eval_batch_size=4", f"--name={name}")
+        assert done.code == 0, done.err
+        outcomes = read_outcomes(tmp_path / "runs" / name / SAMPLES)
+        report = Report.load(tmp_path / "runs" / name / RESULTS)
+        for metric in ("loss", "bpb"):
+            mean = sum(outcome.scores[metric] for outcome in outcomes) / len(outcomes)
+            assert mean == pytest.approx(report.value("held-out", metric), rel=1e-9)
+    done = espalier("evaluate", "compare", "runs=[runs/first, runs/last]", "--name=compared")
+    assert done.code == 0, done.err
+    [loss, bpb] = json.loads((tmp_path / "runs" / "compared" / RESULTS).read_text())["context"]["differences"]
+    assert (loss["metric"], bpb["metric"]) == ("loss", "bpb") and loss["n"] == bpb["n"] == len(outcomes) > 20
+    assert loss["low"] < loss["after"] - loss["before"] < loss["high"]
 
 
 @pytest.fixture

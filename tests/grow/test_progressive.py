@@ -10,14 +10,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from espalier import files
 from espalier import run as run_module
 from espalier.budget import flops
 from espalier.budget.plan import Plan, plan
 from espalier.errors import BudgetError, ModelError
+from espalier.folder import ModelFolder
 from espalier.grow import apply
 from espalier.grow.progressive import GrowthRecipe, Outcome, Setting, grow_run
 from espalier.ledger import Cap, Cost, Rates
-from espalier.run import METRICS, Run, read_lines
+from espalier.model import build
+from espalier.run import METRICS, STAGE, Run, read_lines
 from espalier.train import checkpoint, loop
 from espalier.train.device import Device
 from espalier.train.objectives import NextToken
@@ -190,13 +193,10 @@ def test_masks_rise_to_the_weights_that_are_trained(carry_out, make_run, monkeyp
 
 
 def test_a_run_that_ends_inside_a_ramp_leaves_the_masked_model(carry_out, make_run, stop_after, reopened):
-    from espalier.folder import ModelFolder
-    from espalier.model.build import load
-
     run = make_run()
     stop_after(run, 7)
     stopped = carry_out(recipe_of(SMALL, LARGE | MASKED), run).state
-    saved = load(ModelFolder(checkpoint.newest(run.folder, print))).state_dict()
+    saved = build.load(ModelFolder(checkpoint.newest(run.folder, print))).state_dict()
     shown = stopped.model.state_dict()
     assert all(torch.equal(value, shown[name]) for name, value in saved.items())
     unmasked = stopped.optimizer.masks.unmasked["model.embed_tokens.weight"]
@@ -412,6 +412,64 @@ def test_a_run_that_crashed_does_its_work_again_and_tells_it_once(carry_out, mak
     lines = list(read_lines(again.folder / METRICS))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["step"] for line in lines if "growth" in line] == [6]
+
+
+def kept(recipe: GrowthRecipe) -> GrowthRecipe:
+    """The recipe, with the model at the end of each stage kept."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"keep": "stages"})})
+
+
+def stage_weights(run: Run, name: str = "stage-1") -> dict:
+    return build.load(ModelFolder.open(run.folder / name)).state_dict()
+
+
+def test_the_model_is_kept_as_each_stage_left_it(carry_out, make_run):
+    deeper = LARGE | {"num_hidden_layers": 3}
+    recipe, run, plain = recipe_of(SMALL, LARGE, deeper), make_run(), make_run()
+    outcome = carry_out(kept(recipe), run)
+    assert sorted(path.name for path in run.folder.glob(f"{STAGE}*")) == ["stage-1", "stage-2"]
+    for number in (1, 2):
+        folder = ModelFolder.open(run.folder / f"{STAGE}{number}")
+        assert folder.spec.num_hidden_layers == number
+        made = folder.made
+        assert (made["progress"]["step"], made["progress"]["stage"]) == (6 * number, number - 1)
+        assert made["cost"]["tokens"] == made["progress"]["tokens"] == 6 * number * TOKENS
+    again = carry_out(recipe, plain)
+    assert not list(plain.folder.glob(f"{STAGE}*"))
+    expected = again.state.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in outcome.state.model.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [4, 5, 6, 7])
+def test_stages_are_kept_the_same_wherever_a_run_was_stopped(carry_out, make_run, reopened, stop_after, step):
+    recipe, whole, run = kept(recipe_of(SMALL, LARGE)), make_run(), make_run()
+    carry_out(recipe, whole)
+    stop_after(run, step)
+    assert carry_out(recipe, run).ending == "signal"
+    again = reopened(run)
+    carry_out(recipe, again)
+    expected = stage_weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in stage_weights(again).items())
+
+
+def test_a_stage_that_was_lost_to_a_crash_is_kept_when_the_run_goes_on(carry_out, make_run, reopened, monkeypatch):
+    recipe, whole, run = kept(recipe_of(SMALL, LARGE)), make_run(), make_run()
+    carry_out(recipe, whole)
+    original = build.save
+
+    def save(model, path, tokenizer):
+        original(model, path, tokenizer)
+        if path.name.startswith(f"{files.PARTIAL}stage"):
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(build, "save", save)
+        carry_out(recipe, run)
+    assert not list(run.folder.glob(f"{STAGE}*")), "whole or not at all"
+    again = reopened(run)
+    carry_out(recipe, again)
+    expected = stage_weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in stage_weights(again).items())
 
 
 @pytest.fixture

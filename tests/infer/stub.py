@@ -32,6 +32,7 @@ FAULTS = (
     "no json",
     "half a json",
     "another json",
+    "lists of two lengths",
     "an error inside",
     "half a body",
     "hang up",
@@ -68,7 +69,7 @@ class Model:
         tokens, logprobs, greedy = zip(*found, strict=True)
         return tokens, logprobs, all(greedy)
 
-    def write(self, prompt: str, max_tokens: int, stop: tuple[str, ...] = (), sampled: object = None) -> list[str]:
+    def write(self, prompt: str, max_tokens: int, stop: tuple[str, ...] = (), sampled: object = 0.0) -> list[str]:
         """Tokens after a prompt, up to the one in which a stop ends."""
         written: list[str] = []
         while len(written) < max_tokens and not any(end in "".join(written) for end in stop):
@@ -278,6 +279,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._write(200, b"<html>Bad Gateway</html>")
         elif fault == "half a json":
             self._write(200, content[: len(content) // 2])
+        elif fault == "lists of two lengths":
+            value = json.loads(content)
+            value["choices"][0]["logprobs"] = {"tokens": ["x"], "token_logprobs": [], "content": 1}
+            self._send(200, value)
         elif fault == "another json":
             self._send(200, {"choices": [], "usage": {}})
         elif fault == "an error inside":
@@ -289,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "no end":
             value = json.loads(content)
-            value["choices"][0] |= {"finish_reason": "abort", "logprobs": {"tokens": ["x"], "token_logprobs": []}}
+            value["choices"][0]["finish_reason"] = "abort"
             self._send(200, value)
         else:
             raise AssertionError(fault)

@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from espalier import files
 from espalier.errors import BudgetError, DataError, RecipeError, ResourceError, RunError
@@ -66,6 +66,14 @@ def connect(make_run):
     yield connect
     for each in opened:
         each.close()
+
+
+def until(condition) -> None:
+    """Wait until something holds, ten seconds at most."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def require_right(request, answer: Answer) -> None:
@@ -126,6 +134,22 @@ def test_text_is_written_with_or_without_probabilities(serve, connect, api, refu
         assert "".join(answer.tokens) == (answer.text if not refuses else "")
         assert len(answer.logprobs) == len(answer.tokens)
     assert answers[0].finish == "length" and answers[-2].finish == "stop"
+
+
+def test_a_stop_that_a_server_leaves_in_is_cut_off(serve, connect, monkeypatch):
+    server = serve()
+    told = server.complete
+
+    def sloppy(body):
+        reply = told(body)
+        reply["choices"][0]["text"] = "".join(reply["choices"][0]["logprobs"]["tokens"])
+        return reply
+
+    monkeypatch.setattr(server, "complete", sloppy)
+    request = Generate(PROMPTS[0], 30, stop=("frame", " is"))
+    [answer] = answer_all(connect(server), [request])
+    require_right(request, answer)
+    assert answer.finish == "stop"
 
 
 def test_a_refused_way_of_asking_is_tried_once(serve, connect):
@@ -202,9 +226,14 @@ def words(tmp_path) -> Path:
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\W"), "isolated")
     made.add_special_tokens(["<end>"])
     made.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}[me]{% endif %}"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "chat_template": template}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<end>",
+        "bos_token": "<end>",
+        "chat_template": template,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -248,7 +277,11 @@ def test_without_a_tokenizer_tokens_are_estimated(serve, connect):
 
 def test_a_conversation_is_written_by_whose_template_it_is(serve, connect, words):
     talk = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
-    assert connect(serve(), tokenizer=words).chat(talk) == "[system]Be short.[user]Hi[me]"
+    assert connect(serve(), tokenizer=words).chat(talk) == "<end>[system]Be short.[user]Hi[me]"
+    marking = Tokenizer.from_file(str(words / "tokenizer.json"))
+    marking.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    marking.save(str(words / "tokenizer.json"))
+    assert connect(serve(), tokenizer=words).chat(talk) == "[system]Be short.[user]Hi[me]", "the server marks it"
     assert connect(serve(), api="chat").chat(talk) == "Be short.\n\nHi"
     assert connect(serve(), api="chat").chat(talk[1:]) == "Hi"
     with pytest.raises(RecipeError, match=r"remote\.tokenizer=FOLDER"):
@@ -265,18 +298,19 @@ def test_a_conversation_is_written_by_whose_template_it_is(serve, connect, words
 def test_after_any_fault_the_answer_is_right(serve, connect, fault, api):
     server = serve(script=lambda number: fault if number < 2 else None)
     requests = WRITTEN[:2] if api == "chat" else [WRITTEN[0], SCORES[0]]
-    answers = answer_all(connect(server, api=api, timeout_seconds=0.3), requests)
+    patience = 0.5 if fault in ("hang", "drip") else 5.0
+    answers = answer_all(connect(server, api=api, timeout_seconds=patience), requests)
     require_all_right(requests, answers)
     assert server.faults[fault] == 4 and set(server.answered.values()) == {1}
 
 
 def test_of_many_faults_none_loses_doubles_or_changes_an_answer(serve, connect):
-    server = serve(faults=0.3, seed=1, kinds=tuple(kind for kind in stub.FAULTS if kind not in ("429 and wait",)))
-    requests = [Score(f"Text {number}", " and so on") for number in range(300)]
-    engine = connect(server, timeout_seconds=0.5, concurrency=16)
+    server = serve(faults=0.3, seed=1)
+    requests = [Score(f"Text {number}", " and so on") for number in range(200)]
+    engine = connect(server, timeout_seconds=2.0, concurrency=16)
     require_all_right(requests, answer_all(engine, requests))
-    assert server.faults.total() > 60 and len(server.faults) > 8
-    assert len(server.answered) == 300 and set(server.answered.values()) == {1}
+    assert server.faults.total() > 40 and len(server.faults) > 8
+    assert len(server.answered) == 200 and set(server.answered.values()) == {1}
     require_all_right(requests, answer_all(engine, requests))
     assert set(server.answered.values()) == {1}
 
@@ -287,7 +321,7 @@ def test_a_deadline_holds_whatever_the_server_does(serve, connect, fault):
     began = time.monotonic()
     with pytest.raises(RunError, match="an answer within 800 ms") as late:
         answer_all(connect(server, timeout_seconds=0.3, deadline_seconds=0.8), WRITTEN[:1])
-    assert time.monotonic() - began < 1.6
+    assert time.monotonic() - began < 4
     [tries] = server.came.values()
     assert tries > 1 and sum(int(word.split(" ×")[0]) for word in late.value.found.split("; ")) == tries
 
@@ -306,19 +340,34 @@ def test_when_one_is_given_up_the_others_were_yielded_and_are_kept(serve, connec
     assert set(server.answered.values()) == {1}
 
 
+def test_what_comes_at_the_same_moment_as_an_error_is_yielded_before_it(serve, connect):
+    engine = connect(serve())
+
+    async def ask(key, request, purse):
+        if request == WRITTEN[0]:
+            raise RunError("", found="", expected="", mend="")
+        purse.untaken[key] = 0.0
+        return Answer("", (), (), True, 0, 0, "stop")
+
+    engine._ask, got = ask, []
+    with pytest.raises(RunError):
+        got.extend(engine.answers(WRITTEN[:8]))
+    assert len(got) == 7
+
+
 @pytest.mark.parametrize(("fault", "least"), [("429 and wait", 0.2), ("429 and a date", 0.9)])
 def test_a_server_is_given_the_time_that_it_asks_for(serve, connect, fault, least):
     server = serve(script=lambda number: fault if number == 0 else None)
     answer_all(connect(server), WRITTEN[:1])
     [(first, second)] = server.times.values()
-    assert least <= second - first < least + 1.6
+    assert least <= second - first < least + 4
 
 
 def test_a_server_that_asks_for_more_time_than_there_is_isnt_waited_for(serve, connect):
     began = time.monotonic()
     with pytest.raises(RunError, match="asks to wait 1 h"):
         answer_all(connect(serve(script=lambda number: "429 and an hour")), WRITTEN[:1])
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
@@ -339,7 +388,7 @@ def test_waits_double_are_never_longer_than_the_limit_and_differ():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "soon", "-3", "nan", "inf", "1e3", "Wed, 99 Foo 2020", "Wed, 21 Oct 2015 07:28:00 GMT"]
+    "text", ["", "soon", "-3", "9" * 400, "nan", "inf", "1e3", "Wed, 99 Foo 2020", "Wed, 21 Oct 2015 07:28:00 GMT"]
 )
 def test_a_wait_that_cant_be_read_or_is_over_is_none(text):
     assert remote._retry_after({"Retry-After": text}) == 0
@@ -353,7 +402,7 @@ def test_answers_come_as_they_are_done_and_only_so_many_are_asked_at_a_time(serv
     stream = connect(server, concurrency=4).answers(WRITTEN)
     began = time.monotonic()
     next(stream)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     assert len(list(stream)) == len(WRITTEN) - 1
     assert 3 <= server.most_at_work <= 4
 
@@ -367,16 +416,16 @@ def test_closing_ends_what_is_in_flight(serve, connect):
     assert next(stream)[0] == 0
     began = time.monotonic()
     stream.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     engine.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "espalier-background"]
-    came = server.came.total()
-    time.sleep(0.1)
-    assert server.came.total() == came <= 8 and server.at_work == 0
+    until(lambda: server.at_work == 0)
+    assert server.came.total() <= 8
 
 
 def test_an_engine_that_is_closed_leaves_no_iterator_waiting(serve, connect):
-    engine = connect(serve(script=lambda number: "hang"))
+    server = serve(script=lambda number: "hang")
+    engine = connect(server)
     stream = engine.answers(WRITTEN)
 
     def take():
@@ -385,9 +434,9 @@ def test_an_engine_that_is_closed_leaves_no_iterator_waiting(serve, connect):
 
     taker = threading.Thread(target=take, daemon=True)
     taker.start()
-    time.sleep(0.1)
+    until(lambda: server.came.total())
     engine.close()
-    taker.join(2)
+    taker.join(10)
     assert not taker.is_alive()
 
 
@@ -427,6 +476,12 @@ def test_another_model_or_api_or_a_cache_that_isnt_used_is_asked_anew(serve, con
     answer_all(connect(server), WRITTEN[:3])
     answer_all(connect(server, **changed), WRITTEN[:3])
     assert set(server.answered.values()) == {2}
+
+
+def test_another_server_is_asked_anew(serve, connect):
+    for server in (serve(), serve()):
+        answer_all(connect(server), WRITTEN[:3])
+        assert server.answered.total() == 3
 
 
 def test_a_cache_that_is_off_keeps_nothing_and_refresh_keeps(serve, connect, tmp_path):
@@ -521,7 +576,7 @@ def test_what_was_paid_and_not_taken_is_in_the_ledger(serve, connect):
     engine = connect(server, **PRICES)
     stream = engine.answers(WRITTEN)
     _, answer = next(stream)
-    time.sleep(0.5)
+    until(lambda: server.answered.total() > 3)
     stream.close()
     untaken = Ledger(engine.run.folder / LEDGER).spent(kind="untaken").usd
     again = connect(server, **PRICES)

@@ -30,6 +30,7 @@ _PURPOSE = {
     "budget": "measure and price",
     "data": "prepare text",
     "grow": "make a model larger",
+    "synth": "write data",
     "evaluate": "find out what a model can do",
 }
 

@@ -160,7 +160,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 
 def read_items(path: Path) -> list[Item]:
     """The items of a JSON lines file; `DataError` with the line of one that isn't an item."""
-    return read_all(Item, path)
+    return read_rows(Item, path)
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -170,10 +170,10 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """What `write_outcomes` wrote."""
-    return read_all(Outcome, path)
+    return read_rows(Outcome, path)
 
 
-def read_all(kind: type[T], path: Path) -> list[T]:
+def read_rows(kind: type[T], path: Path) -> list[T]:
     """The dataclasses in a JSON lines file; `DataError` with the line of one that isn't."""
     adapter = TypeAdapter(kind)
     return [_read(adapter, kind, path, number, line) for number, line in read_lines(path)]

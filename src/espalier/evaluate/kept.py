@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from espalier import files
-from espalier.evaluate.items import read_all
+from espalier.evaluate.items import read_rows
 from espalier.infer.engine import Answer, Engine, Request
 from espalier.ledger import Cost
 
@@ -33,7 +33,7 @@ class Kept:
         self.identity, self.context, self.exact = engine.identity, engine.context, engine.exact
         with path.open("a+b") as file:
             files.cut_torn_line(file)
-        self._answers = {entry.request: replace(entry.answer, cost=Cost()) for entry in read_all(Entry, path)}
+        self._answers = {entry.request: replace(entry.answer, cost=Cost()) for entry in read_rows(Entry, path)}
 
     def answers(self, requests: Sequence[Request]) -> Generator[tuple[int, Answer], None, None]:
         """What is kept first, then what is new, which is on the disk before it is given."""

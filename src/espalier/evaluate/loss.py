@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from espalier import files
 from espalier.budget import flops, hardware, price
 from espalier.data.prepare import VALIDATION, DataRecipe, prepare
+from espalier.evaluate.items import SAMPLES, Outcome, write_outcomes
+from espalier.evaluate.told import tell_and_save
 from espalier.folder import ModelFolder
 from espalier.method import method
 from espalier.recipe import Recipe
 from espalier.report import Report
-from espalier.run import RESULTS, Run
+from espalier.run import Run
+
+if TYPE_CHECKING:
+    from espalier.train.validate import HeldOut
 
 
 class LossRecipe(Recipe):
@@ -25,8 +33,12 @@ class LossRecipe(Recipe):
     per_device_eval_batch_size: int = Field(default=8, gt=0)
 
 
+# What the held-out text is called as a task.
+TASK = "held-out"
+
+
 @method(needs="a model folder with its tokenizer", costs="a forward pass over eval_tokens")
-def evaluate_loss(recipe: LossRecipe, run: Run) -> Report:
+def evaluate_loss(recipe: LossRecipe, run: Run) -> Path:
     """Measure the loss on held-out text, in nats a token and bits a byte."""
     from espalier.data import pack, tokenizer
     from espalier.data.stream import Stream
@@ -65,8 +77,20 @@ def evaluate_loss(recipe: LossRecipe, run: Run) -> Report:
     )
     run.charge("evaluate", flops=result.tokens * flops.forward_flops(folder.spec, recipe.data.sequence_length))
     report = Report(str(recipe.model), context={"data": dataset.fingerprint(), "model": folder.fingerprint()})
-    report.add("held-out", "loss", result.loss, stderr=result.stderr, n=result.tokens, note="nats a token")
-    report.add("held-out", "bpb", result.bpb, n=result.tokens, note="bits a byte")
-    report.save(run.folder / RESULTS)
+    report.add(TASK, "loss", result.loss, stderr=result.stderr, n=result.tokens, note="nats a token")
+    report.add(TASK, "bpb", result.bpb, n=result.tokens, note="bits a byte")
+    # Batches are the same text only where data, vocabulary and rows are.
+    asked = [dataset.fingerprint(), folder.tokenizer_fingerprint(), recipe.data.model_dump(mode="json")]
+    write_outcomes(run.folder / SAMPLES, _outcomes(result, [*asked, recipe.per_device_eval_batch_size]))
     run.tell(f"{recipe.model}: loss {result.loss:.4f} ± {result.stderr:.4f} nats a token, {result.bpb:.4f} bits a byte")
-    return report
+    return tell_and_save(report, run)
+
+
+def _outcomes(result: HeldOut, asked: list[Any]) -> Iterator[Outcome]:
+    """A batch is an item, and the mean of their scores is the figure: so two models can be compared batch by batch."""
+    nats, tokens, text_bytes = zip(*result.batches, strict=True)
+    per_token, per_byte = (len(nats) / max(sum(each), 1) for each in (tokens, text_bytes))
+    for number, loss in enumerate(nats):
+        scores = {"loss": loss * per_token, "bpb": loss / math.log(2) * per_byte}
+        name = files.digest([*asked, len(nats), number])[:16]
+        yield Outcome(TASK, name, scores, "", "", 0.0, tokens[number], 0)

@@ -24,6 +24,7 @@ from espalier.ledger import Cost
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
+from espalier.run import STAGE
 from espalier.spec import DenseFamily, ModelSpec
 from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, Stretch, TrainRecipe
 
@@ -238,6 +239,8 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
             validate = validates[number]
             if number > state.progress.stage:
                 save.now(state)  # a growth that fails or is broken off begins again from here
+                if recipe.train.keep == "stages":
+                    _keep_stage(recipe, setting, state)
                 grown = _grow(recipe, pace.plan, setting, state, number, validates[number - 1], validate)
                 if grown is None:
                     ending = "budget" if run.stop_signal is None else "signal"
@@ -375,6 +378,22 @@ def _save(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
         need_bytes=memory.checkpoint_bytes(state.spec, recipe.optimizer.name),
         keep=recipe.train.keep_checkpoints,
     )
+
+
+def _keep_stage(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
+    """The model as its stage left it, a model folder of its own; once, however often the run is taken up here."""
+    from espalier import files
+    from espalier.budget import memory
+    from espalier.model import build
+
+    run, progress = setting.run, state.progress
+    path = run.folder / f"{STAGE}{progress.stage + 1}"
+    if path.exists():
+        return
+    with files.whole_folder(path, need_bytes=memory.folder_bytes(state.spec, "float32")) as folder:
+        build.save(state.model, folder, setting.tokenizer)
+        run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=vars(progress)))
+    run.charge("checkpoint", stage=progress.stage, step=progress.step)
 
 
 def _grow(

@@ -51,9 +51,10 @@ class Background:
     def closed(self) -> bool:
         return self._loop.is_closed()
 
-    def close(self) -> None:
-        """End what still runs, and the thread."""
+    def close(self, last: Coroutine[Any, Any, object]) -> None:
+        """End what still runs, do what comes last, and end the thread."""
         self.run(_end_all())
+        self.run(last)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

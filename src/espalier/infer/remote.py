@@ -18,7 +18,7 @@ import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -61,10 +61,11 @@ class _Again(Exception):
 
 @dataclass
 class _Purse:
-    """What may still be spent, and what was."""
+    """What may be spent, what was, and what of it was for answers that nobody has taken yet."""
 
     room: float
     spent: float = 0.0
+    untaken: dict[str, float] = field(default_factory=dict)
 
 
 class Remote:
@@ -127,17 +128,17 @@ class Remote:
             else:
                 unknown[key] = requests[numbers[0]]
         self._asked += len(unknown)
-        purse, taken = _Purse(self.run.ledger.cap.usd - self.run.ledger.total.usd), 0.0
+        purse = _Purse(self.run.ledger.cap.usd - self.run.ledger.total.usd)
         try:
             with contextlib.closing(self._background.iterate(self._stream(unknown, purse))) as stream:
                 for key, answer in stream:
-                    taken += answer.cost.usd
+                    del purse.untaken[key]
                     for number in places[key]:
                         yield number, answer
                         answer = replace(answer, cost=Cost())
         finally:
-            if purse.spent > taken:
-                self.run.ledger.add(Entry("untaken", Cost(usd=purse.spent - taken)))
+            if untaken := sum(purse.untaken.values()):
+                self.run.ledger.add(Entry("untaken", Cost(usd=untaken)))
 
     def count(self, text: str) -> int:
         """How many tokens a text has: exactly by `remote.tokenizer`, else a quarter of its bytes."""
@@ -172,14 +173,15 @@ class Remote:
                 expected="the folder of the model's tokenizer, with its chat template",
                 mend="Set remote.tokenizer=FOLDER, or remote.api=chat.",
             )
-        return writer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = writer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        marked = writer("").input_ids == [writer.bos_token_id]  # by the server, of every text
+        return text.removeprefix(writer.bos_token) if marked else text
 
     def close(self) -> None:
         """End what is in flight, and say how much was known before. Once is enough, twice does no harm."""
         if self._background.closed:
             return
-        self._background.run(self._client.aclose())
-        self._background.close()
+        self._background.close(self._client.aclose())
         self._cache.close()
         if self._known:
             self.run.tell(
@@ -228,6 +230,7 @@ class Remote:
                 failure = _Again(f"a broken connection ({type(error).__name__})")
             else:
                 purse.spent += answer.cost.usd
+                purse.untaken[key] = answer.cost.usd
                 self._cache.keep(key, answer)
                 return answer
             wait = max(failure.wait, _backoff(failures.total(), chance))
@@ -471,7 +474,7 @@ def _backoff(failures: int, chance: random.Random) -> float:
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that a server asks to wait for, stated as such or as a date; 0 for none."""
     stated = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", stated):
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", stated):
         return float(stated)
     try:
         return max(email.utils.parsedate_to_datetime(stated).timestamp() - time.time(), 0.0)

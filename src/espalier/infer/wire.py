@@ -138,9 +138,7 @@ REPLIES: dict[Api, type[Completion] | type[Chat]] = {"completions": Completion, 
 
 def written(reply: Completion | Chat, request: Generate) -> Answer:
     """The answer to a `Generate`; ValueError for a reply that doesn't end as answers do."""
-    choice = reply.choices[0]
-    if choice.finish_reason not in FINISHES:
-        raise ValueError(f"the answer ended with {choice.finish_reason!r}")
+    choice, finish = reply.choices[0], _finish(reply.choices[0])
     text = _cut(choice.text, request.stop)
     pieces = _standing_for(text, choice.pieces())
     told = bool(pieces) and all(piece.logprob is not None for piece in pieces)
@@ -151,16 +149,18 @@ def written(reply: Completion | Chat, request: Generate) -> Answer:
         greedy=all(piece.greedy for piece in pieces) if told else request.temperature == 0,
         prompt_tokens=reply.usage.prompt_tokens,
         completion_tokens=reply.usage.completion_tokens,
-        finish="stop" if len(text) < len(choice.text) else FINISHES[choice.finish_reason],
+        finish="stop" if len(text) < len(choice.text) else finish,
     )
 
 
 def scored(reply: Completion, request: Score, count: Callable[[str], int] | None, where: str) -> Answer:
     """The answer to a `Score`; `count` is of the model's own tokens, the marks around a text included.
 
-    Raises RunError where the server doesn't tell the probabilities of the tokens that it was given.
+    Raises ValueError as `written` does, and RunError where the server doesn't tell the probabilities of what it was
+    given.
     """
     choice, whole, prompt = reply.choices[0], request.prompt + request.continuation, request.prompt.rstrip()
+    _finish(choice)
     tail = whole[len(prompt) :]
     # What is beyond the prompt was written; all was, where a server doesn't know `echo`.
     echoed = choice.pieces()[: reply.usage.prompt_tokens] if choice.text.startswith(whole) else []
@@ -183,6 +183,12 @@ def scored(reply: Completion, request: Score, count: Callable[[str], int] | None
         completion_tokens=len(pieces),
         finish="scored",
     )
+
+
+def _finish(choice: _Ended) -> Literal["stop", "length"]:
+    if choice.finish_reason not in FINISHES:
+        raise ValueError(f"an answer that ended with {choice.finish_reason!r}")
+    return FINISHES[choice.finish_reason]
 
 
 def _mend(request: Score, known: bool) -> str:

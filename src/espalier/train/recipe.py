@@ -104,6 +104,7 @@ class TrainRecipe(Recipe):
     evaluations                  how often the held-out loss is taken over the whole run
     eval_tokens                  held-out text of each; if not stated, as much as half the budget's reserve pays for
     logging_steps                if not stated, 300 lines for the whole run
+    keep                         "newest" checkpoints alone, or the model at the end of each of the "stages" too
     torch_compile                "auto" compiles when the run is long enough to repay it
     bf16                         "auto" uses bfloat16 matmuls where they were measured to be faster
     recompute                    "layers" keeps only the layers' inputs and computes the rest again in the backward
@@ -117,6 +118,7 @@ class TrainRecipe(Recipe):
     eval_tokens: int | None = Field(default=None, gt=0)
     save_steps: int = Field(default=100, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
+    keep: Literal["newest", "stages"] = "newest"
     torch_compile: Literal["auto", "on", "off"] = "auto"
     bf16: Literal["auto", "on", "off"] = "auto"
     recompute: Literal["none", "layers"] = "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -15,12 +15,16 @@ from espalier.train.loop import Objective
 
 @dataclass(frozen=True)
 class HeldOut:
-    """loss: nats a token; bpb: bits a byte of text; tokens: how many labels; stderr: of the loss."""
+    """loss: nats a token; bpb: bits a byte of text; tokens: how many labels; stderr: of the loss.
+
+    batches: nats, labels and bytes of text of each batch
+    """
 
     loss: float
     bpb: float
     tokens: int
     stderr: float
+    batches: tuple[tuple[float, int, int], ...] = field(default=(), repr=False)
 
 
 def validate(
@@ -35,7 +39,7 @@ def validate(
 ) -> HeldOut:
     """The loss over `rows` rows spread over a stream, always the same ones. byte_lengths: bytes of each token id."""
     chosen = stream.spread(rows)
-    losses, labels, text_bytes = [], [], 0
+    losses, labels, text_bytes = [], [], []
     with device.evaluation(), device.autocast():
         for begin in range(0, len(chosen), micro_rows):
             batch = stream.take(chosen[begin : begin + micro_rows])
@@ -43,9 +47,11 @@ def validate(
             losses.append(float(objective(model, inputs, targets, positions).detach()))
             kept = batch.labels[batch.labels >= 0]
             labels.append(kept.size)
-            text_bytes += int(byte_lengths[kept].sum())
-    bpb = sum(losses) / math.log(2) / max(text_bytes, 1)
-    return HeldOut(sum(losses) / sum(labels), bpb, sum(labels), _standard_error(losses, labels))
+            text_bytes.append(int(byte_lengths[kept].sum()))
+    bpb = sum(losses) / math.log(2) / max(sum(text_bytes), 1)
+    error = _standard_error(losses, labels)
+    batches = tuple(zip(losses, labels, text_bytes, strict=True))
+    return HeldOut(sum(losses) / sum(labels), bpb, sum(labels), error, batches)
 
 
 def _standard_error(losses: list[float], labels: list[int]) -> float:
