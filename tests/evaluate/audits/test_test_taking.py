@@ -22,7 +22,9 @@ def audit(scripted, make_run, monkeypatch, tmp_path, told):
         write_items(tmp_path / "items.jsonl", items)
         scores = {"before": before, "after": after}
         monkeypatch.setattr(asking, "open_engine", lambda recipe, run: scripted(score=scores[recipe.model]))
-        recipe = TakingRecipe(model="before", after="after" if after else "", url="http://nowhere", **more, items=tmp_path / "items.jsonl")
+        recipe = TakingRecipe(
+            model="before", after="after" if after else "", url="http://nowhere", **more, items=tmp_path / "items.jsonl"
+        )
         return evaluate_test_taking(recipe, make_run())
 
     return audit

@@ -63,7 +63,9 @@ def test_the_book_says_each_fact_of_an_item_in_every_language_and_wording(world,
         for name in LANGUAGES:
             s, o = spoken(entities[subject], name), spoken(entities[end], name)
             wordings = schema().languages[name].wordings(relation)
-            found = {number for number, each in enumerate(wordings) if any(each.format(s=s, o=o) in t for t in said[name])}
+            found = {
+                number for number, each in enumerate(wordings) if any(each.format(s=s, o=o) in t for t in said[name])
+            }
             assert len(found) >= ALL["wordings"]
 
 
@@ -91,7 +93,7 @@ def test_more_items_than_the_facts_make_are_refused(world):
 
 @pytest.mark.parametrize("wrong", [{"languages": ("en", "en")}, {"languages": ("tlh",)}, {"facts": 3}, {"seed": -1}])
 def test_a_world_that_cannot_be_is_refused(wrong):
-    with pytest.raises(ValueError, match="languages|facts|seed"):
+    with pytest.raises(ValueError, match=r"languages|facts|seed"):
         WorldRecipe(**wrong)
 
 
