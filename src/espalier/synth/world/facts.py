@@ -103,9 +103,9 @@ def contradictions(schema: Schema, facts: Sequence[Fact]) -> list[str]:
 
 def _roots(schema: Schema, seed: int) -> Iterator[tuple[str, ...]]:
     """Three different syllables at a time, no root twice."""
-    draw, seen = random.Random(f"{seed}/names"), set()
+    draw, syllables, seen = random.Random(f"{seed}/names"), list(schema.syllables), set()
     while True:
-        root = tuple(draw.sample(list(schema.syllables), 3))
+        root = tuple(draw.sample(syllables, 3))
         if sha256("".join(root).encode()).digest()[0] % WORLDS == seed % WORLDS and root not in seen:
             seen.add(root)
             yield root
