@@ -30,7 +30,8 @@ from espalier import files
 from espalier.evaluate.audits.readout import HEADS, ReadoutRecipe, evaluate_readout
 from espalier.evaluate.audits.synthetic import WORDS, SyntheticRecipe
 from espalier.evaluate.questions import LETTERS
-from espalier.run import Run
+from espalier.report import Report
+from espalier.run import RESULTS, Run
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2, 3)
@@ -122,7 +123,8 @@ def audited(folder: Path, name: str, *, options: int = 4, **more: object) -> tup
     }
     recipe = ReadoutRecipe(model=folder, questions=questions, **(shape | more))
     with Run.start(folder.with_name(name), recipe, tell=lambda line: None) as run:
-        report = evaluate_readout(recipe, run)
+        evaluate_readout(recipe, run)
+    report = Report.load(run.folder / RESULTS)
     return run.folder, {row.metric: row.value for row in report.rows} | {"context": report.context}
 
 

@@ -22,11 +22,11 @@ from espalier.evaluate.ask import AskRecipe, ask
 from espalier.evaluate.iq import tasks as iq
 from espalier.evaluate.items import SAMPLES, Item, read_outcomes, write_items
 from espalier.evaluate.kept import ANSWERS
-from espalier.evaluate.tasks import TasksRecipe, evaluate_tasks, run_tasks
-from espalier.infer.engine import Generate, Score
+from espalier.evaluate.tasks import TasksRecipe, evaluate_tasks
+from espalier.infer.engine import Engine, Generate, Score
 from espalier.ledger import Cost
 from espalier.report import Report
-from espalier.run import LOG, RESULTS
+from espalier.run import LOG, RESULTS, Run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -43,6 +43,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
+
+
+def run_tasks(told: TasksRecipe, run: Run, engine: Engine) -> Report:
+    """The report that a run keeps."""
+    tasks.run_tasks(told, run, engine)
+    return Report.load(run.folder / RESULTS)
+
 
 WORDS = ["apple", "pear", "plum", "fig", "kiwi", "lime", "date", "nut"]
 KINDS = {
@@ -194,7 +201,8 @@ def test_the_scores_are_those_of_lm_eval_s_own_backend(tmp_path, model, recipe, 
     theirs = simple_evaluate(backend, tasks=names, num_fewshot=2, task_manager=manager, bootstrap_iters=0)
     run = make_run()
     told = recipe(*names, num_fewshot=2, include_path=(folder,), model=str(model), url="", local={"threads": 1})
-    report = evaluate_tasks(told, run)
+    evaluate_tasks(told, run)
+    report = Report.load(run.folder / RESULTS)
     ours = lm_eval_results(run)
     assert set(ours["results"]) == {"fruit", "kinds", "last", "sums", "texts"}
     for name, values in ours["results"].items():

@@ -30,6 +30,8 @@ from espalier.run import Run
 
 # Items of a task before its standard error says how many more are needed.
 FIRST_ROUND = 50
+# Seconds between two entries in the ledger: a process that is killed has spent no more than these unseen.
+ENTERED_EVERY = 5.0
 
 
 class AskRecipe(EngineRecipe):
@@ -121,7 +123,7 @@ class _Asked:
         asked = [item.requests(self.recipe.scoring) for item in items]
         owners = [(number, place) for number, each in enumerate(asked) for place in range(len(each))]
         answers: dict[int, dict[int, Answer]] = defaultdict(dict)
-        spent, done, lasts = Cost(), 0, True
+        spent, unpaid, done, lasts = Cost(), Cost(), 0, True
         try:
             with (
                 contextlib.closing(self.engine.answers([one for each in asked for one in each])) as stream,
@@ -132,7 +134,8 @@ class _Asked:
                 for index, answer in stream:
                     number, place = owners[index]
                     answers[number][place] = answer
-                    spent += Cost(flops=answer.cost.flops, usd=answer.cost.usd)
+                    cost = Cost(flops=answer.cost.flops, usd=answer.cost.usd)
+                    spent, unpaid = spent + cost, unpaid + cost
                     if len(answers[number]) < len(asked[number]):
                         continue
                     outcome = items[number].judge([one for _, one in sorted(answers.pop(number).items())])
@@ -142,14 +145,21 @@ class _Asked:
                         file.flush()
                     progress.advance(bar)
                     done += 1
-                    lasts = self.run.affords(spent * ((done + 1) / done))  # one more like these
+                    if self.run.uncharged_seconds > ENTERED_EVERY:
+                        unpaid = self._enter(unpaid)
+                    lasts = self.run.affords(unpaid + spent * (1 / done))  # one more like these
                     if not lasts:
                         break
         except BudgetError:  # an engine that spends money knows what those in flight may cost
             lasts = False
         finally:  # what was spent is entered, however it ended
-            self.run.charge("evaluate", flops=spent.flops, usd=spent.usd)
+            self._enter(unpaid)
         return lasts
+
+    def _enter(self, cost: Cost) -> Cost:
+        """Put a cost into the ledger; what is left to put there."""
+        self.run.charge("evaluate", flops=cost.flops, usd=cost.usd)
+        return Cost()
 
 
 def items_needed(outcomes: Sequence[Outcome], wanted: float) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 from espalier.errors import DataError
 from espalier.evaluate.ask import AskRecipe, ask
 from espalier.evaluate.items import Item, read_items
+from espalier.evaluate.told import tell_and_save
 from espalier.method import method
-from espalier.report import Report
-from espalier.run import RESULTS, Run
+from espalier.run import Run
 
 
 class ItemsRecipe(AskRecipe):
@@ -20,11 +20,9 @@ class ItemsRecipe(AskRecipe):
 
 
 @method(needs="a model folder or a URL, and a file of items", costs="a pass an option, or a generation an item")
-def evaluate_items(recipe: ItemsRecipe, run: Run) -> Report:
+def evaluate_items(recipe: ItemsRecipe, run: Run) -> Path:
     """Ask a model the items of a file: a score a task, and an outcome an item in samples.jsonl."""
-    report = ask(read_tasks(recipe.items), recipe, run)
-    report.save(run.folder / RESULTS)
-    return report
+    return tell_and_save(ask(read_tasks(recipe.items), recipe, run), run)
 
 
 def read_tasks(path: Path) -> dict[str, list[Item]]:

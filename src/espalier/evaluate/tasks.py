@@ -18,10 +18,11 @@ from espalier.errors import ResourceError
 from espalier.evaluate.ask import AskRecipe, ask
 from espalier.evaluate.items import SAMPLES, read_outcomes
 from espalier.evaluate.kept import ANSWERS, Kept
+from espalier.evaluate.told import tell_and_save
 from espalier.infer.engine import Engine, open_engine
 from espalier.method import method
-from espalier.report import Report, Row
-from espalier.run import RESULTS, Run
+from espalier.report import Row
+from espalier.run import Run
 
 if TYPE_CHECKING:
     from espalier.evaluate.harness import Harness
@@ -59,7 +60,7 @@ class TasksRecipe(AskRecipe):
     needs="a model folder or a URL; lm-eval (pip install 'espalier[tasks]'); the tasks' data on the disk or a network",
     costs="a forward pass for each option of each document, or what is written",
 )
-def evaluate_tasks(recipe: TasksRecipe, run: Run) -> Report:
+def evaluate_tasks(recipe: TasksRecipe, run: Run) -> Path:
     """Run lm-eval tasks, built in or one's own, over our engine."""
     require_lm_eval()
     return run_tasks(recipe, run, open_engine(recipe, run))
@@ -73,7 +74,7 @@ def require_lm_eval() -> None:
         )
 
 
-def run_tasks(recipe: TasksRecipe, run: Run, engine: Engine) -> Report:
+def run_tasks(recipe: TasksRecipe, run: Run, engine: Engine) -> Path:
     """As `evaluate_tasks`, with an engine that is open; closes it."""
     from espalier.evaluate.harness import Harness, quiet
     from espalier.evaluate.suite import Suite
@@ -101,8 +102,7 @@ def run_tasks(recipe: TasksRecipe, run: Run, engine: Engine) -> Report:
             told |= suite.hashes(name)
     finally:
         kept.close()
-    report.save(run.folder / RESULTS)
-    return report
+    return tell_and_save(report, run)
 
 
 def _answered(suite: Suite, run: Run) -> dict[str, set[int]]:

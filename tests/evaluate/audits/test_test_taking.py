@@ -10,6 +10,8 @@ from espalier.errors import DataError
 from espalier.evaluate import ask as asking
 from espalier.evaluate.audits.test_taking import TakingRecipe, evaluate_test_taking
 from espalier.evaluate.items import Item, write_items
+from espalier.report import Report
+from espalier.run import RESULTS
 
 NAMES = ("bal", "dun", "kit", "mor")
 
@@ -25,7 +27,9 @@ def audit(scripted, make_run, monkeypatch, tmp_path, told):
         recipe = TakingRecipe(
             model="before", after="after" if after else "", url="http://nowhere", **more, items=tmp_path / "items.jsonl"
         )
-        return evaluate_test_taking(recipe, make_run())
+        run = make_run()
+        evaluate_test_taking(recipe, run)
+        return Report.load(run.folder / RESULTS)
 
     return audit
 

@@ -25,12 +25,12 @@ from espalier.evaluate.audits.reading import Reader, Token
 from espalier.evaluate.audits.synthetic import SyntheticRecipe, synthetic
 from espalier.evaluate.items import SAMPLES, write_outcomes
 from espalier.evaluate.questions import CLOZE, LETTERED, Question, read_questions
+from espalier.evaluate.told import tell_and_save
 from espalier.folder import ModelFolder
 from espalier.method import method
 from espalier.model import build
 from espalier.recipe import Recipe
-from espalier.report import Report
-from espalier.run import RESULTS, Run
+from espalier.run import Run
 from espalier.train.device import Device
 
 HEADS = "mcq_head.json"
@@ -86,7 +86,7 @@ class ReadoutRecipe(Recipe):
     costs="a forward pass for each question and order, and one for each option",
     status="proven",
 )
-def evaluate_readout(recipe: ReadoutRecipe, run: Run) -> Report:
+def evaluate_readout(recipe: ReadoutRecipe, run: Run) -> Path:
     """Read a model's choices from its attention heads, its letters and its options' probabilities, side by side."""
     folder = ModelFolder.open(recipe.model)
     task, questions = _questions(recipe)
@@ -106,12 +106,11 @@ def evaluate_readout(recipe: ReadoutRecipe, run: Run) -> Report:
     audit = Audit(reader, questions, plan)
     report = audit.report(str(recipe.model))
     report.context["model"] = folder.fingerprint()
-    report.save(run.folder / RESULTS)
     write_outcomes(run.folder / SAMPLES, audit.outcomes())
     write_heads(run.folder / HEADS, audit.best(), reader)
     run.charge("evaluate", flops=2.0 * reader.model.num_parameters() * audit.tokens)
-    run.tell(f"{report}\n{audit.table()}")
-    return report
+    run.tell(audit.table())
+    return tell_and_save(report, run)
 
 
 def _questions(recipe: ReadoutRecipe) -> tuple[str, list[Question]]:

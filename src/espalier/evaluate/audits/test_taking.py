@@ -16,9 +16,10 @@ from espalier.evaluate.asked import read_tasks
 from espalier.evaluate.audits.cues import cues
 from espalier.evaluate.intervals import Interval, binomial, paired_bootstrap, stderr
 from espalier.evaluate.items import SAMPLES, Item, Outcome, read_outcomes
+from espalier.evaluate.told import tell_and_save
 from espalier.method import method
 from espalier.report import Report
-from espalier.run import RESULTS, Run
+from espalier.run import Run
 
 
 class TakingRecipe(AskRecipe):
@@ -33,7 +34,7 @@ class TakingRecipe(AskRecipe):
     needs="a model, and a file of items with options",
     costs="a pass an option, of each model; the cues cost no model",
 )
-def evaluate_test_taking(recipe: TakingRecipe, run: Run) -> Report:
+def evaluate_test_taking(recipe: TakingRecipe, run: Run) -> Path:
     """Tell knowledge from test-taking: a model's score beside what cues alone earn, and its gain by learning.
 
     Rows a task: the model's own; `cue: RULE` of every rule of `cues`; `explained`, the share of the score above chance
@@ -52,8 +53,7 @@ def evaluate_test_taking(recipe: TakingRecipe, run: Run) -> Report:
     for task, items in tasks.items():
         if any(item.id in outcomes for item in items):  # the budget may have ended before
             run.tell(f"{task}: {_audited(report, task, items, outcomes)}.")
-    report.save(run.folder / RESULTS)
-    return report
+    return tell_and_save(report, run)
 
 
 def _audited(report: Report, task: str, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> str:

@@ -19,9 +19,10 @@ from espalier.evaluate.iq.files import FILES, items_of
 from espalier.evaluate.iq.setting import Instruction
 from espalier.evaluate.iq.tasks import GROUPS, TASKS, UNMEASURED, WRITTEN, Task
 from espalier.evaluate.items import SAMPLES, Item, Outcome, read_outcomes
+from espalier.evaluate.told import tell_and_save
 from espalier.method import method
 from espalier.report import Report, Row
-from espalier.run import RESULTS, Run
+from espalier.run import Run
 
 OVERALL = "iq"
 GROUP_OF = {name: task.group for name, task in (*TASKS.items(), *FILES.items())}
@@ -60,14 +61,12 @@ class IqRecipe(AskRecipe):
 
 
 @method(paper="arXiv 2309.03852", needs="a model folder or a URL", costs="the tokens of the items")
-def evaluate_iq(recipe: IqRecipe, run: Run) -> Report:
+def evaluate_iq(recipe: IqRecipe, run: Run) -> Path:
     """Ask for rules, patterns and facts that only the prompt holds, with letters and words drawn anew for each item."""
     items = chosen_items(recipe)
     report = ask(items, recipe, run)
     add_scores(report, read_outcomes(run.folder / SAMPLES))
-    report.save(run.folder / RESULTS)
-    run.tell(table(report))
-    return report
+    return tell_and_save(report, run)
 
 
 def chosen_items(recipe: IqRecipe) -> dict[str, list[Item]]:
@@ -110,21 +109,6 @@ def balanced_accuracies(outcomes: Sequence[Outcome]) -> dict[str, float]:
         task: sum(sum(scores) / len(scores) for scores in labels.values()) / len(labels)
         for task, labels in right.items()
     }
-
-
-def table(report: Report) -> str:
-    """A line a task under its group: the score, its 95% interval, what guessing brings, and the items, in percent."""
-    lines = [f"{'':26}{'score':>7}  {'95%':>15}  {'chance':>6}  {'items':>5}"]
-    for group, tasks in report.context["groups"].items():
-        lines.append(f"{group:26}{report.value(group, 'score'):7.1%}")
-        for task in tasks:
-            about = report.context["tasks"][task]
-            low, high = about["interval"]
-            lines.append(
-                f"  {task:24}{report.value(task, about['metric']):7.1%}  {low:6.1%} - {high:6.1%}  "
-                f"{about['chance']:6.1%}  {about['answered']:5,}"
-            )
-    return "\n".join([*lines, f"{'all':26}{report.value(OVERALL, 'score'):7.1%}"])
 
 
 def _mean(name: str, rows: Sequence[Row]) -> Row:
