@@ -63,11 +63,11 @@ class Evaluation:
 
     @cached_property
     def main_metrics(self) -> dict[str, str]:
-        """Of each task whose items were answered, the metric that is reported first."""
-        answered = {outcome.task for outcome in self.outcomes}
+        """Of each task whose items were answered, the metric of single items that is reported first."""
+        scored = {(outcome.task, metric) for outcome in self.outcomes for metric in outcome.scores}
         found: dict[str, str] = {}
         for row in self.report.rows:
-            if row.task in answered:
+            if (row.task, row.metric) in scored:
                 found.setdefault(row.task, row.metric)
         return found
 

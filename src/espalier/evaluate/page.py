@@ -85,7 +85,7 @@ def render(
 
 def text_of(metric: str, value: float) -> str:
     """A figure as people read it: shares in percent."""
-    share = metric not in LOWER_IS_BETTER and 0 <= value <= 1
+    share = metric not in LOWER_IS_BETTER and -1 <= value <= 1
     return f"{100 * value:.1f}%" if share else units.significant(value, 4)
 
 
