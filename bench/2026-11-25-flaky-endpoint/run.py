@@ -11,6 +11,7 @@ each other as it takes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -72,7 +73,7 @@ class Watched(Remote):
             self.took.append(time.monotonic() - began)
 
 
-def asked(server: stub.Stub, folder: Path, usd: float = float("inf"), **settings: float) -> dict[str, Any]:
+def asked(server: stub.Stub, folder: Path, usd: float = math.inf, **settings: float) -> dict[str, Any]:
     """Ask all requests under a cap, with changed settings; what came of it."""
     before = server.answered.copy()
     faults, came = server.faults.total(), server.came.total()
@@ -102,7 +103,7 @@ def asked(server: stub.Stub, folder: Path, usd: float = float("inf"), **settings
         "faults": server.faults.total() - faults,
         "longest_seconds": max(engine.took, default=0.0),
         "usd": sum(answer.cost.usd for _, answer in answers),
-        "cap": usd,
+        "cap": usd if math.isfinite(usd) else None,
         "seconds": seconds,
     }
 

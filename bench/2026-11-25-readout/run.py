@@ -1,16 +1,19 @@
 """Do attention heads know the right option where the letters' logits don't?
 
     python bench/2026-11-25-readout/run.py
+    python bench/2026-11-25-readout/run.py 450
 
 A two-layer model learns associative recall alone: six pairs of tokens, then the same pairs in another order, loss on
 the second ones. It never sees a question. Then `evaluate readout` asks it which option is a given word, as prompts
 that it was never trained on. The counter-check trains the same net to answer such prompts with the letter.
+
+Given a number of steps, recall is trained for as many, and only the two sizes of questions are asked.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -141,13 +144,22 @@ def one(seed: int) -> dict:
     return found
 
 
+def longer(seed: int) -> dict:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        folder = saved(trained(seed, recall, int(sys.argv[1])), Path(place) / "recall" / "model")
+        run, four = audited(folder, "four", silence=0)
+        _, eight = audited(folder, "eight", options=8, heads=run / HEADS, silence=0)
+    return {"four": four, "eight": eight}
+
+
 SHOWN = ("logits", "qk", "attention", "logits_pa", "qk_pa", "qk_top", "qk_sum", "qk_unlabelled", "qk_gain")
 CAUSES = ("logits_without_best", "logits_without_other", "shift_without_best", "shift_without_other")
 
 
 def main() -> None:
     with ProcessPoolExecutor(len(SEEDS)) as pool:
-        seeds = list(pool.map(one, SEEDS))
+        seeds = list(pool.map(longer if sys.argv[1:] else one, SEEDS))
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -155,15 +167,11 @@ def main() -> None:
         "parameters": model(0).num_parameters(),
         "seeds": seeds,
     }
-    (HERE / "result.json").write_text(json.dumps(result) + "\n")
-    print(f"{result['parameters']:,} parameters, {statistics.median(s['train_cpu_seconds'] for s in seeds):.1f} s")
-    for name in seeds[0]:
-        if name == "train_cpu_seconds":
-            continue
+    (HERE / "-".join(["result", *sys.argv[1:]])).with_suffix(".json").write_text(json.dumps(result) + "\n")
+    for name in (name for name, found in seeds[0].items() if isinstance(found, dict)):
         print(name)
-        for metric in (*SHOWN, *CAUSES):
-            if metric in seeds[0][name]:
-                print(f"  {metric:22}", *(f"{found[name][metric]:7.3f}" for found in seeds))
+        for metric in (metric for metric in (*SHOWN, *CAUSES) if metric in seeds[0][name]):
+            print(f"  {metric:22}", *(f"{found[name][metric]:7.3f}" for found in seeds))
 
 
 if __name__ == "__main__":

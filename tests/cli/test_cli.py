@@ -80,6 +80,7 @@ def test_a_verb_whose_method_is_clear_takes_its_settings_at_once(cli, tasks):
     assert code == 0, err
     kind = find("evaluate.tasks").recipe()
     assert recipe.parse(kind, out, [], where="printed") == kind(model="small", tasks=("arc_easy", "mmlu_*"))
+    assert kind(model="small", tasks="arc_easy").tasks == ("arc_easy",)
     assert default("grow") is None and cli("grow", "model=small")[0] == 2
 
 

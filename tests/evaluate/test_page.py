@@ -92,6 +92,14 @@ def test_one_evaluation_has_its_figures_with_intervals(folder):
     assert "NaN" not in html and "nan" not in text.shown.lower().split()
 
 
+def test_a_score_that_is_all_or_nothing_is_not_told_without_doubt(folder):
+    for skill, share in ((-1.0, 0.0), (1.1, 1.0)):
+        one = evaluation(folder, "model", skill)
+        one.report.add("group", "score", share, stderr=0.0, n=80)
+        for sure in (one.overall_interval, *map(one.interval, one.report.rows)):
+            assert sure.value == share and share in sure and 0.01 < sure.high - sure.low < 0.2
+
+
 def test_wrong_answers_are_shown_from_as_many_tasks_as_there_is_room_for(folder):
     html = page.render(folder, {"run": evaluation(folder, "model", 0.5)}, "Title")
     section = html.split('id="wrong"')[1].split("</section>")[0]

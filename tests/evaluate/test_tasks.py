@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from espalier.errors import BudgetError, DataError, RecipeError, ResourceError
 from espalier.evaluate import tasks
 from espalier.evaluate.ask import AskRecipe, ask
+from espalier.evaluate.iq import tasks as iq
 from espalier.evaluate.items import SAMPLES, Item, read_outcomes, write_items
 from espalier.evaluate.kept import ANSWERS
 from espalier.evaluate.tasks import TasksRecipe, evaluate_tasks, run_tasks
@@ -426,7 +427,6 @@ def test_items_score_the_same_through_lm_eval_as_when_they_are_asked(tmp_path, r
 
 
 def test_every_generator_of_ours_is_a_task_of_lm_eval(scripted, recipe, make_run):
-    iq = pytest.importorskip("espalier.evaluate.iq.tasks")
     manager = TaskManager(include_path=str(suite.lm_tasks.PATH), include_defaults=False)
     assert manager.all_subtasks == sorted(f"espalier_iq_{name}" for name in iq.TASKS)
     groups = {group: f"espalier_iq_{group.replace(' ', '_').replace('-', '_')}" for group in iq.GROUPS}

@@ -226,7 +226,8 @@ def words(tmp_path) -> Path:
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\W"), "isolated")
     made.add_special_tokens(["<end>"])
     made.save(str(folder / "tokenizer.json"))
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    template += "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}[me]{% endif %}"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -286,6 +287,8 @@ def test_a_conversation_is_written_by_whose_template_it_is(serve, connect, words
     assert connect(serve(), api="chat").chat(talk[1:]) == "Hi"
     with pytest.raises(RecipeError, match=r"remote\.tokenizer=FOLDER"):
         connect(serve()).chat(talk)
+    with pytest.raises(DataError, match="no tools"):
+        connect(serve(), tokenizer=words).chat([{"role": "tool", "content": "4"}])
     with pytest.raises(RecipeError, match="several turns"):
         connect(serve(), api="chat").chat([*talk, {"role": "assistant", "content": "Yes?"}])
 
@@ -296,12 +299,12 @@ def test_a_conversation_is_written_by_whose_template_it_is(serve, connect, words
 @pytest.mark.parametrize("fault", stub.FAULTS)
 @pytest.mark.parametrize("api", ["completions", "chat"])
 def test_after_any_fault_the_answer_is_right(serve, connect, fault, api):
-    server = serve(script=lambda number: fault if number < 2 else None)
+    server = serve(script=lambda number: fault if number < 1 else None)
     requests = WRITTEN[:2] if api == "chat" else [WRITTEN[0], SCORES[0]]
-    patience = 0.5 if fault in ("hang", "drip") else 5.0
+    patience = 1.0 if fault in ("hang", "drip") else 5.0
     answers = answer_all(connect(server, api=api, timeout_seconds=patience), requests)
     require_all_right(requests, answers)
-    assert server.faults[fault] == 4 and set(server.answered.values()) == {1}
+    assert server.faults[fault] == 2 and set(server.answered.values()) == {1}
 
 
 def test_of_many_faults_none_loses_doubles_or_changes_an_answer(serve, connect):
@@ -576,13 +579,14 @@ def test_what_was_paid_and_not_taken_is_in_the_ledger(serve, connect):
     engine = connect(server, **PRICES)
     stream = engine.answers(WRITTEN)
     _, answer = next(stream)
-    until(lambda: server.answered.total() > 3)
+
+    def known():
+        return [request for request in WRITTEN if engine.estimate([request]) == Cost()]
+
+    until(lambda: len(known()) > 3)
     stream.close()
     untaken = Ledger(engine.run.folder / LEDGER).spent(kind="untaken").usd
-    again = connect(server, **PRICES)
-    known = [request for request in WRITTEN if again.estimate([request]) == Cost()]
-    assert len(known) > 1
-    paid = [again._usd(each.prompt_tokens, each.completion_tokens) for each in answer_all(again, known)]
+    paid = [engine._usd(each.prompt_tokens, each.completion_tokens) for each in answer_all(engine, known())]
     assert answer.cost.usd + untaken == pytest.approx(sum(paid))
 
 

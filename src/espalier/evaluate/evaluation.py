@@ -111,7 +111,10 @@ class Evaluation:
     def overall_interval(self) -> Interval | None:
         """Of the overall score, by drawing each task's items anew."""
         scores = [list(self.scores(task, self.main_metrics[task]).values()) for task in self.shares()]
-        return mean_of_means(scores) if scores else None
+        if not scores:
+            return None
+        sure, n = mean_of_means(scores), sum(map(len, scores))
+        return binomial(sure.value * n, n) if sure.value in (0, 1) else sure
 
     @property
     def points(self) -> float:
@@ -125,6 +128,8 @@ class Evaluation:
         if scores and all(score in (0, 1) for score in scores):
             return binomial(sum(scores), len(scores))
         error = row.stderr if row.stderr is not None else stderr(scores)
+        if error == 0 and row.n and row.value in (0, 1):
+            return binomial(row.value * row.n, row.n)  # all went one way, so their spread says nothing
         return (
             None if error is None else Interval(row.value, row.value - NORMAL_95 * error, row.value + NORMAL_95 * error)
         )

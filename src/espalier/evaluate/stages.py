@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field
 
 from espalier import method as methods
+from espalier import units
 from espalier.errors import RecipeError, RunError
 from espalier.evaluate import page
 from espalier.evaluate.evaluation import Evaluation
@@ -55,6 +56,8 @@ def evaluate_stages(recipe: StageByStageRecipe, run: Run) -> Path:
     for name, each in evaluations.items():
         report.rows += [replace(row, task=f"{name}: {row.task}") for row in each.report.rows]
     report.save(run.folder / RESULTS)
+    for name, each in evaluations.items():
+        run.tell(f"{name}, {units.amount(spent[name].flops, 'flops')}: {_score(each)}")
     return page.write(run.folder, evaluations, title=f"{recipe.run.name} as it grew", spent=spent)
 
 
@@ -75,3 +78,12 @@ def models(run: Path) -> dict[str, Path]:
             mend="Run the recipe with train.keep=stages under another name.",
         )
     return found
+
+
+def _score(each: Evaluation) -> str:
+    """The overall score, or the first figure where there is none."""
+    if each.overall:
+        score, chance = each.overall
+        return f"{score:.1%}, chance {chance:.1%}"
+    row = each.report.rows[0]
+    return f"{row.metric} {row.value:.4f}"

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from espalier import files
 from espalier.errors import ResourceError
@@ -47,6 +47,12 @@ class TasksRecipe(AskRecipe):
     template: Literal["none", "chat"] = "none"
     unsafe_code: Literal["refuse", "run"] = "refuse"
     scoring: Literal["options"] = "options"
+
+    @field_validator("tasks", "include_path", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """A single one needs no brackets."""
+        return (value,) if isinstance(value, str | Path) else value
 
 
 @method(

@@ -1,16 +1,16 @@
 """Writing: many texts at a time, each in a slot of one cache that is written in place and never grows.
 
-A text that is done leaves its slot to the next one. Where a pass has room for more tokens than there are texts, each
-text guesses what follows from where its last two tokens stood before: the pass that writes one token then checks the
-guesses as well, which costs little, since such passes wait for the weights to arrive. A guess is taken only if it is the
-very token that would have been written, so answers are the same as without.
+A text that is done leaves its slot to the next one. Where few texts are written, the tokens that each is about to
+write are guessed: the pass that writes one token checks the guesses as well, which costs little, since such passes
+wait for the weights to arrive. A guess is taken only if it is the very token that would have been written, so answers
+are the same as without (Leviathan et al., arXiv 2211.17192; guesses from the text itself: Saxena's prompt lookup).
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from espalier import units
+from espalier.errors import ResourceError
 from espalier.infer.engine import Answer, Generate
+from espalier.infer.guess import MOST, Guesses
 from espalier.infer.passes import Passes
 from espalier.infer.trees import STEM_SAVES, common
 from espalier.ledger import Cost
 
-# Texts at a time at most; tokens of a pass up to which guesses are free; guesses of a text at most.
-SLOTS, ROOM, GUESSES = 64, 16, 7
+# Texts at a time at most, and tokens of a pass up to which guesses cost little.
+SLOTS, ROOM = 64, 16
 
 
 class Slots(DynamicCache):
@@ -81,14 +84,12 @@ class Text:
     greedy: list[bool] = field(default_factory=list)
     flops: float = 0.0
     finish: str = ""
-    reach: int = 3
-    followed: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
+        self.stops = [stop for stop in self.request.stop if stop]
         self.random = random.Random(self.request.seed)
-        for number in range(2, self.prompt):
-            self._note(number)
+        self.guesses = Guesses(self.tokens)
 
     @property
     def left(self) -> int:
@@ -99,87 +100,104 @@ class Text:
     def longest(self) -> int:
         return self.prompt + self.request.max_new_tokens
 
-    def guess(self, room: int) -> list[int]:
-        """What followed the last two tokens when they last stood together: as many tokens as guesses came true of late."""
-        begin = self.followed.get((self.tokens[-2], self.tokens[-1])) if len(self.tokens) > 1 else None
-        return self.tokens[begin : begin + min(self.reach, room, self.left - 1)] if begin else []
-
     def write(self, token: int, logprob: float, greedy: bool) -> None:
         self.tokens.append(token)
-        self._note(len(self.tokens) - 1)
+        self.guesses.see()
         self.logprobs.append(logprob)
         self.greedy.append(greedy)
 
-    def _note(self, number: int) -> None:
-        """Remember that this token followed the two before it."""
-        if number > 1:
-            self.followed[self.tokens[number - 2], self.tokens[number - 1]] = number
-
 
 class Writer:
-    """Writes texts with a model; `cache_bytes` bounds the keys and values of all together."""
+    """Writes texts with a model.
 
-    def __init__(self, passes: Passes, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
+    ends          the tokens after which nothing follows
+    cache_bytes   most bytes of keys and values of all texts together
+    batch_tokens  most tokens of a pass that reads prompts
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: frozenset[int],
+        *,
+        cache_bytes: float,
+        batch_tokens: int,
+    ) -> None:
         self.passes, self.tokenizer, self.ends = passes, tokenizer, ends
+        self.cache_bytes, self.batch_tokens = cache_bytes, batch_tokens
 
-    def slots(self, texts: Sequence[Text], cache_bytes: float) -> tuple[int, int]:
-        """How many texts to write at a time, and how long a slot is."""
-        length = max(text.longest for text in texts) + GUESSES
+    def slots(self, texts: Sequence[Text]) -> tuple[int, int]:
+        """How many texts to write at a time, and how long a slot is; `ResourceError` when not even one fits."""
+        length = max(text.longest for text in texts) + MOST
         if not self.passes.reads_trees:
             return 1, length
-        fitting = int(cache_bytes // (length * self.passes.token_bytes))
-        return min(len(texts), SLOTS, max(fitting, 1)), length
+        fitting = int(self.cache_bytes // (length * self.passes.token_bytes))
+        if not fitting:
+            raise ResourceError(
+                "local.cache_gb",
+                found=units.si(self.cache_bytes, "B"),
+                expected=f"{units.si(length * self.passes.token_bytes, 'B')} for a text of {length} tokens",
+                mend="Raise it, or ask for shorter texts.",
+            )
+        return min(len(texts), SLOTS, fitting), length
 
-    def step(self, slots: int, length: int) -> None:
+    def step(self, slots: int, length: int) -> Callable[[], object]:
         """A pass as long as one that writes a token of each text, half-way through; for its time alone."""
         if not self.passes.reads_trees:
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.passes.device)
-            self.passes(ids, ids[0])
-            return
-        rows = slice(0, slots)
-        self.read([[0]] * slots, [length // 2] * slots, Slots(slots, length), rows, list(range(slots)))
+            return lambda: self.passes(ids, ids[0])
+        cache, rows = Slots(slots, length), slice(0, slots)
+        return lambda: self.read([[0]] * slots, [length // 2] * slots, cache, rows, list(range(slots)))
 
     @torch.inference_mode()
-    def write(
-        self, texts: Sequence[Text], *, cache_bytes: float, batch_tokens: int
-    ) -> Generator[tuple[int, Answer], None, None]:
+    def write(self, texts: Sequence[Text]) -> Generator[tuple[int, Answer], None, None]:
         """(owner, answer) of each text when it is done."""
         texts = sorted(texts, key=lambda text: -text.longest)
         fitting = [text for text in texts if text.longest <= self.passes.tree_tokens]
         if fitting:
-            yield from self._together(fitting, cache_bytes, batch_tokens)
+            yield from self._together(fitting)
         for text in texts[: len(texts) - len(fitting)]:
             self._alone(text)
             yield text.owner, self.answer(text)
 
-    def _together(
-        self, texts: Sequence[Text], cache_bytes: float, batch_tokens: int
-    ) -> Generator[tuple[int, Answer], None, None]:
-        slots, length = self.slots(texts, cache_bytes)
+    def _together(self, texts: Sequence[Text]) -> Generator[tuple[int, Answer], None, None]:
+        """Longest first; a text that waits gets the slot of one that is done."""
+        slots, length = self.slots(texts)
         cache, waiting, active = Slots(slots, length), deque(texts), list[Text]()
         stem = self._stem(texts, cache)
         while waiting or active:
-            new = []
-            while waiting and len(active) + len(new) < slots:
-                width = max(text.prompt - stem for text in (*new, waiting[0]))
-                if new and (len(new) + 1) * width > batch_tokens:
-                    break
-                new.append(waiting.popleft())
-            if new:
+            if new := self._next(waiting, slots - len(active), stem):
                 rows = slice(len(active), len(active) + len(new))
                 self._step(new, [text.tokens[stem:] for text in new], [[] for _ in new], cache, rows)
                 active += new
             else:
-                guesses = [text.guess(ROOM // len(active) - 1) for text in active]
+                room = ROOM // len(active)
+                guesses = [text.guesses.next(min(room, text.left) - 1) for text in active]
                 tokens = [[text.tokens[-1], *guess] for text, guess in zip(active, guesses, strict=True)]
                 self._step(active, tokens, guesses, cache, slice(0, len(active)))
-            for row in reversed(range(len(active))):
-                if active[row].finish:
-                    done, last = active[row], active.pop()
-                    if row < len(active):
-                        active[row] = last
-                        cache.move(len(active), row)
-                    yield done.owner, self.answer(done)
+            yield from self._leave(active, cache)
+
+    def _next(self, waiting: deque[Text], free: int, stem: int) -> list[Text]:
+        """The texts whose prompts are read next, in one pass."""
+        new: list[Text] = []
+        longest = 0
+        while waiting and len(new) < free:
+            longest = max(longest, waiting[0].prompt - stem)
+            if new and (len(new) + 1) * longest > self.batch_tokens:
+                break
+            new.append(waiting.popleft())
+        return new
+
+    def _leave(self, active: list[Text], cache: Slots) -> Iterator[tuple[int, Answer]]:
+        """Answers of the texts that are done; the last of the others takes the slot of each."""
+        for row in reversed(range(len(active))):
+            if active[row].finish:
+                done, last = active[row], active.pop()
+                if row < len(active):
+                    active[row] = last
+                    cache.move(len(active), row)
+                yield done.owner, self.answer(done)
 
     def _stem(self, texts: Sequence[Text], cache: Slots) -> int:
         """Read what all prompts begin with once, for all slots; how many tokens that is."""
@@ -200,9 +218,9 @@ class Writer:
         logits = self.read(tokens, starts, cache, rows, wanted)
         for text, read, guess, start in zip(texts, tokens, guesses, starts, strict=True):
             text.flops += self.passes.flops(len(read), start + len(read), 1 + len(guess))
-        self._read(texts, guesses, logits)
+        self._extend(texts, guesses, logits)
 
-    def _read(self, texts: Sequence[Text], guesses: Sequence[list[int]], logits: Tensor) -> None:
+    def _extend(self, texts: Sequence[Text], guesses: Sequence[list[int]], logits: Tensor) -> None:
         """Write what logits [guesses of each text and one, together, vocabulary] say."""
         best, normalizers = logits.argmax(-1), torch.logsumexp(logits.float(), dim=-1)
         likely = logits.gather(1, best[:, None])[:, 0].float() - normalizers
@@ -241,8 +259,6 @@ class Writer:
             text.finish = self._finish(text)
             if text.finish or number == len(guess) or token != guess[number]:
                 break
-        if guess:
-            text.reach = min(2 * number + 1, GUESSES)
 
     def _finish(self, text: Text) -> str:
         """Whether a text has ended, and why."""
@@ -252,11 +268,11 @@ class Writer:
 
     def _stopped(self, text: Text) -> bool:
         """Whether a text has a stop in it; only its end is looked at, since the rest was before."""
-        if not text.request.stop:
+        if not text.stops:
             return False
-        tail = max(len(stop.encode()) for stop in text.request.stop) + 4
+        tail = max(len(stop.encode()) for stop in text.stops) + 4
         end = self._decode(text.tokens[max(text.prompt, len(text.tokens) - tail) :])
-        return any(stop in end for stop in text.request.stop)
+        return any(stop in end for stop in text.stops)
 
     def _alone(self, text: Text) -> None:
         """Write one text with the model's own cache, whatever that is."""
@@ -267,16 +283,16 @@ class Writer:
             last = torch.tensor([len(unread) - 1], device=self.passes.device)
             out = self.passes.output(ids, last, use_cache=True, **cache)
             text.flops += self.passes.flops(len(unread), len(text.tokens), 1)
-            self._read([text], [[]], out.logits[0])
+            self._extend([text], [[]], out.logits[0])
             # What keeps its state elsewhere is read anew.
-            cache = {name: out[name] for name in ("past_key_values",) if out.get(name) is not None}
+            cache = {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
             unread = text.tokens[-1:] if cache else text.tokens
 
     def answer(self, text: Text) -> Answer:
         """What came of a text that is done."""
         written = text.tokens[text.prompt :]
         said = self._decode(written)
-        cut = min((place for stop in text.request.stop if (place := said.find(stop)) >= 0), default=len(said))
+        cut = min((place for stop in text.stops if (place := said.find(stop)) >= 0), default=len(said))
         return Answer(
             text=said[:cut],
             tokens=tuple(written),
@@ -304,6 +320,6 @@ def draw(logits: Tensor, request: Generate, chance: random.Random) -> int:
         descending=True, stable=True
     )
     sums = probabilities.cumsum(-1)
-    kept = int((sums - probabilities < request.top_p).sum())
+    kept = max(int((sums - probabilities < request.top_p).sum()), 1)
     place = int(torch.searchsorted(sums[:kept], chance.random() * sums[kept - 1]))
     return int(order[min(place, kept - 1)])

@@ -7,9 +7,10 @@ What is asked about probabilities is read as trees (`trees`), what is to be writ
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jinja2 import TemplateError
@@ -23,11 +24,13 @@ from espalier.infer.decode import Text, Writer, stem_length
 from espalier.infer.engine import Answer, Generate, Request, Score
 from espalier.infer.passes import Passes, Scored, Stem
 from espalier.infer.recipe import EngineRecipe, LocalRecipe
-from espalier.infer.trees import Group, Window, batches, windows
+from espalier.infer.trees import Group, Tree, Window, batches, windows
 from espalier.ledger import Cost
 from espalier.model import build
 from espalier.run import Run
 
+# Tokens of one pass: a CPU's caches hold the intermediate results of no more, a GPU wants many to be busy.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 # Logits of one pass at most: 256 MB in fp32.
 LOGITS = 2**26
 # What estimating may take of each kind of pass.
@@ -42,10 +45,12 @@ class Local:
     def __init__(
         self, folder: ModelFolder, passes: Passes, tokenizer: PreTrainedTokenizerBase, recipe: LocalRecipe, run: Run
     ) -> None:
-        self.folder, self.passes, self.tokenizer, self.recipe, self.run = folder, passes, tokenizer, recipe, run
+        self.folder, self.passes, self.tokenizer, self.run = folder, passes, tokenizer, run
         self.identity: str = folder.fingerprint()
         self.context: int | None = passes.positions
-        self.writer = Writer(passes, tokenizer, _ends(passes, tokenizer))
+        self.batch_tokens = recipe.batch_tokens or BATCH_TOKENS[passes.device.type]
+        ends = _ends(passes, tokenizer)
+        self.writer = Writer(passes, tokenizer, ends, cache_bytes=recipe.cache_gb * 1e9, batch_tokens=self.batch_tokens)
 
     @classmethod
     def open(cls, recipe: EngineRecipe, run: Run) -> Local:
@@ -69,12 +74,10 @@ class Local:
         """(index of the request, answer): first the scores, then what is written, as it is done."""
         yield from self._scores(requests)
         if texts := self._texts(requests):
-            slots, length = self.writer.slots(texts, self._cache_bytes)
-            held = slots * length * self.passes.token_bytes
-            self.run.tell(
-                f"{len(texts):,} texts to write, {slots} at a time, {units.si(held, 'B')} of keys and values."
-            )
-            yield from self.writer.write(texts, cache_bytes=self._cache_bytes, batch_tokens=self.recipe.batch_tokens)
+            slots, length = self.writer.slots(texts)
+            held = units.si(slots * length * self.passes.token_bytes, "B")
+            self.run.tell(f"{len(texts):,} texts to write, {slots} at a time, {held} of keys and values.")
+            yield from self.writer.write(texts)
 
     def count(self, text: str) -> int:
         return len(self._encode([text])[text])
@@ -90,7 +93,7 @@ class Local:
         writing = sum(self.passes.flops(text.left - 1, text.prompt + text.left / 2, text.left - 1) for text in texts)
         seconds = reading * self._seconds_per_flop() if reading else 0.0
         if texts:
-            slots, length = self.writer.slots(texts, self._cache_bytes)
+            slots, length = self.writer.slots(texts)
             seconds += sum(text.left for text in texts) / slots * self._step_seconds(slots, length)
         return self.run.rates.cost(seconds, flops=reading + writing)
 
@@ -116,18 +119,12 @@ class Local:
     def close(self) -> None:
         del self.passes, self.writer
 
-    @property
-    def _cache_bytes(self) -> float:
-        return self.recipe.cache_gb * 1e9
-
     # Scores.
 
     def _scores(self, requests: Sequence[Request]) -> Generator[tuple[int, Answer], None, None]:
         """Answers to what is asked about probabilities, when all windows of a request are scored."""
         found = list(self._windows(requests))
-        missing = defaultdict(int)
-        for window in found:
-            missing[window.owner] += 1
+        missing = Counter(window.owner for window in found)
         done: dict[int, list[Scored]] = defaultdict(list)
         for number, request in enumerate(requests):
             if isinstance(request, Score) and number not in missing:
@@ -158,11 +155,11 @@ class Local:
                 yield from windows(pair[0] or [self._prefix], pair[1], self.passes.positions, number)
 
     def _plant(self, found: Iterator[Window] | Sequence[Window]) -> Group:
-        return self.passes.plant(list(found), self.recipe.batch_tokens)
+        return self.passes.plant(list(found), self.batch_tokens)
 
-    def _batches(self, group: Group) -> Iterator[list]:
+    def _batches(self, group: Group) -> Iterator[list[Tree]]:
         most_asked = LOGITS // self.passes.vocabulary
-        return batches(group.trees, most_tokens=self.recipe.batch_tokens, most_asked=most_asked)
+        return batches(group.trees, most_tokens=self.batch_tokens, most_asked=most_asked)
 
     @torch.inference_mode()
     def _passes(self, group: Group, below: Stem | None) -> Generator[Scored, None, None]:
@@ -229,18 +226,19 @@ class Local:
     def _seconds_per_flop(self) -> float:
         """Of reading, by a pass that takes about as long as a probe may."""
         tokens, seconds = 16, 0.0
-        while seconds < PROBE_SECONDS / 4 and tokens < min(self.recipe.batch_tokens, self.passes.positions):
-            tokens = min(4 * tokens, self.recipe.batch_tokens, self.passes.positions)
+        while seconds < PROBE_SECONDS / 4 and tokens < min(self.batch_tokens, self.passes.positions):
+            tokens = min(4 * tokens, self.batch_tokens, self.passes.positions)
             ids = torch.zeros(1, tokens, dtype=torch.long, device=self.passes.device)
-            seconds = self._timed(lambda ids=ids: self.passes(ids, ids[0, :1], use_cache=False))
+            seconds = self._timed(partial(self.passes, ids, ids[0, :1], use_cache=False))
         return seconds / self.passes.flops(tokens, tokens, 1)
 
     def _step_seconds(self, slots: int, length: int) -> float:
         """Of one token of all texts that are written at a time, half-way through."""
-        self.writer.step(slots, length)
-        return self._timed(lambda: self.writer.step(slots, length))
+        step = self.writer.step(slots, length)
+        step()
+        return self._timed(step)
 
-    def _timed(self, work) -> float:
+    def _timed(self, work: Callable[[], object]) -> float:
         """Seconds until the device has done some work."""
         begin = time.perf_counter()
         work()

@@ -18,6 +18,8 @@ from espalier.folder import ModelFolder
 from espalier.infer.trees import Group, Tree, Window, chains, plant
 from espalier.spec import ModelSpec
 
+# Tokens of a tree at most: its mask grows with their square.
+ROW_TOKENS = 2048
 # How far two ways of computing the same log-probabilities in fp32 may differ.
 SAME = 1e-3
 
@@ -93,8 +95,8 @@ class Passes:
     def plant(self, windows: Sequence[Window], batch_tokens: int) -> Group:
         """The rows in which windows are best read; those that are longer than the model's trees apart."""
         small = [window for window in windows if len(window.inputs) <= self.tree_tokens]
-        group = plant(small, row_tokens=batch_tokens, token_worth=self.token_worth)
-        group.trees += chains([window for window in windows if len(window.inputs) > self.tree_tokens]).trees
+        group = plant(small, row_tokens=min(batch_tokens, ROW_TOKENS), token_worth=self.token_worth)
+        group.groups.append(chains([window for window in windows if len(window.inputs) > self.tree_tokens]))
         return group
 
     @property
@@ -154,7 +156,7 @@ class Passes:
     def mask(self, seen: Tensor) -> Tensor:
         """What attention adds to its scores [rows, 1, queries, keys]: nothing where a key is seen."""
         dtype = self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
         return mask[:, None].to(self.device)
 
     def _scored(self, trees: Sequence[Tree], length: int, logprobs: list[float], greedy: list[bool]) -> list[Scored]:
@@ -185,9 +187,9 @@ class Passes:
             self.token_bytes = stem.token_bytes
         except Exception:  # whatever a model says that has no use for such a mask or cache
             return False
-        values = [np.array([value for score in scores for value in score.logprobs]) for scores in (alone, together)]
+        one, other = ([value for score in scores for value in score.logprobs] for scores in (alone, together))
         rough = 100 if self.model.dtype == torch.bfloat16 else 1
-        return bool(np.allclose(*values, rtol=0, atol=rough * SAME))
+        return bool(np.allclose(one, other, rtol=0, atol=rough * SAME))
 
 
 def likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ class LocalRecipe(Recipe):
     """How a model folder answers in this process."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: that of the weights")
-    batch_tokens: int = Field(default=4096, gt=0, description="most tokens of one pass")
+    batch_tokens: int | None = Field(
+        default=None, gt=0, description="most tokens of one pass; 1024 on the CPU and 16384 on a GPU if not stated"
+    )
     cache_gb: float = Field(default=1.0, gt=0, description="most GB of keys and values of texts being written")
     threads: int | None = Field(default=None, gt=0, description="of the CPU; those that are free if not stated")
 

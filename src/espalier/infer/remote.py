@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx2
+import jinja2
 from pydantic import ValidationError
 
 from espalier import files, units
@@ -173,7 +174,15 @@ class Remote:
                 expected="the folder of the model's tokenizer, with its chat template",
                 mend="Set remote.tokenizer=FOLDER, or remote.api=chat.",
             )
-        text = writer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text = writer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise DataError(
+                "messages",
+                found=f"what the model's template refuses ({error})",
+                expected="turns that it knows, in an order that it allows",
+                mend="Many templates want user and assistant in turn, and some no system message.",
+            ) from None
         marked = writer("").input_ids == [writer.bos_token_id]  # by the server, of every text
         return text.removeprefix(writer.bos_token) if marked else text
 

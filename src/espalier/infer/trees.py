@@ -16,6 +16,8 @@ import numpy as np
 
 # Tokens that a stem has to save before its own pass, of a single row, pays.
 STEM_SAVES = 256
+# Tokens of a stem that take as much memory in a pass as a token that is read.
+STEM_WEIGHS = 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Tree:
     @classmethod
     def of(cls, sorted_windows: Sequence[Window], stem: int) -> Tree:
         """The tree of windows in the order of their inputs, of which the first `stem` are the stem's."""
-        tree, path, before = cls(stem), [], ()
+        tree, path = cls(stem), list[int]()
+        before: tuple[int, ...] = ()
         for window in sorted_windows:
             shared = common(before, window.inputs) - stem if before else 0
             path = path[:shared]
@@ -88,6 +91,11 @@ class Tree:
     def logits(self) -> int:
         """How many rows of logits it needs."""
         return sum(len(places) for _, places in self.asked)
+
+    @property
+    def weight(self) -> int:
+        """The tokens that it counts for in a pass: every row has its own copy of the stem, a layer at a time."""
+        return max(len(self), (self.stem + len(self)) // STEM_WEIGHS)
 
     @property
     def chain(self) -> bool:
@@ -154,7 +162,7 @@ def batches(trees: Sequence[Tree], *, most_tokens: int, most_asked: int) -> Iter
     batch: list[Tree] = []
     asked = 0
     for tree in sorted(trees, key=len, reverse=True):
-        if batch and ((len(batch) + 1) * len(batch[0]) > most_tokens or asked + tree.logits > most_asked):
+        if batch and ((len(batch) + 1) * batch[0].weight > most_tokens or asked + tree.logits > most_asked):
             yield batch
             batch, asked = [], 0
         batch.append(tree)

@@ -52,7 +52,7 @@ class _Strict(BaseModel):
 
 class _Usage(_Strict):
     prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(default=0, ge=0)
+    completion_tokens: int = Field(ge=0)
 
 
 class _Columns(_Strict):

@@ -16,14 +16,13 @@ seeds = st.integers(0, 10**9)
 
 
 def names(seed: int, count: int) -> set[str]:
-    entities = {entity for fact in invent(schema(), seed, count) for entity in (fact.subject, fact.object)}
-    return {name for entity in entities for name in (entity.latin, entity.han)}
+    return {name for entity in invent(schema(), seed, count).entities for name in (entity.latin, entity.han)}
 
 
 @settings(max_examples=10)
 @given(seeds, st.integers(40, 300))
 def test_facts_never_contradict_each_other(seed, count):
-    facts = invent(schema(), seed, count)
+    facts = invent(schema(), seed, count).facts
     assert contradictions(schema(), facts) == []
     assert len(facts) == len(set(facts)) == count
 
@@ -34,7 +33,7 @@ def test_worlds_of_neighbouring_seeds_share_no_name():
 
 
 def test_the_largest_world_has_names_enough():
-    facts = invent(schema(), 5, 4000)
+    facts = invent(schema(), 5, 4000).facts
     assert len(facts) == 4000 and contradictions(schema(), facts) == []
 
 
@@ -44,7 +43,7 @@ def test_the_same_seed_is_the_same_world():
 
 @pytest.fixture
 def facts():
-    return list(invent(schema(), 0, 100))
+    return list(invent(schema(), 0, 100).facts)
 
 
 def test_a_second_object_is_a_contradiction(facts):
@@ -67,7 +66,7 @@ def test_one_name_for_two_things_is_a_contradiction(facts, script):
 @given(seeds)
 @settings(max_examples=10)
 def test_what_is_reached_is_where_the_chain_ends(seed):
-    facts = invent(schema(), seed, 60)
+    facts = invent(schema(), seed, 60).facts
     for hops in (1, 2):
         for chain in chains(facts, hops):
             assert all(first.object == second.subject for first, second in pairwise(chain))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from espalier.evaluate.audits.cues import cues
@@ -24,6 +26,11 @@ def earned(world):
 @pytest.mark.parametrize("seed", range(3))
 def test_without_a_cue_no_rule_is_better_than_chance(earned, seed):
     assert all(abs(value - 0.25) < 0.05 for value in earned(seed=seed).values())
+
+
+def test_each_place_is_right_as_often_as_any_other(world):
+    items = read_items(world() / ITEMS)
+    assert Counter(item.options.index(item.gold) for item in items) == dict.fromkeys(range(4), 100)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ class ReadoutRecipe(Recipe):
     paper="arXiv 2410.02343",
     needs="a model folder of a decoder with ordinary attention",
     costs="a forward pass for each question and order, and one for each option",
+    status="proven",
 )
 def evaluate_readout(recipe: ReadoutRecipe, run: Run) -> Report:
     """Read a model's choices from its attention heads, its letters and its options' probabilities, side by side."""

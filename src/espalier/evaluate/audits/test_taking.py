@@ -45,10 +45,13 @@ def evaluate_test_taking(recipe: TakingRecipe, run: Run) -> Report:
     report = ask(tasks, recipe, run)
     if recipe.after:
         later = {_later(task): [_again(item) for item in items] for task, items in tasks.items()}
-        report.rows += ask(later, recipe.model_copy(update={"model": recipe.after}), run).rows
+        learnt = ask(later, recipe.model_copy(update={"model": recipe.after}), run)
+        report.rows += learnt.rows
+        report.context["after"] = learnt.context
     outcomes = {outcome.id: outcome for outcome in read_outcomes(run.folder / SAMPLES)}
     for task, items in tasks.items():
-        run.tell(f"{task}: {_audited(report, task, items, outcomes)}.")
+        if any(item.id in outcomes for item in items):  # the budget may have ended before
+            run.tell(f"{task}: {_audited(report, task, items, outcomes)}.")
     report.save(run.folder / RESULTS)
     return report
 

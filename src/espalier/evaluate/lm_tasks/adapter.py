@@ -12,18 +12,21 @@ from espalier.errors import DataError
 from espalier.evaluate.items import Item, option_scores, written_scores
 
 IQ = "espalier_iq_"
+VERSION = {"version": 1}
+# What a user may state of the items, with `lm_eval --metadata` or in a YAML of their own.
+STATED = ("n", "languages", "split", "shots", "lengths", "instruction", "seed")
 
 
 class IqTask(ConfigurableTask):
-    """A sub-task of the IQ evaluation; metadata may state `n`, `languages`, `seed` and what else `Task.items` takes."""
+    """A sub-task of the IQ evaluation; metadata may state what is in `STATED`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         from espalier.evaluate.iq.tasks import TASKS
 
         task = TASKS[config["task"].removeprefix(IQ)]
-        stated = {key: value for key, value in config["metadata"].items() if key in _STATED}
+        stated = {key: value for key, value in config["metadata"].items() if key in STATED}
         items = list(task.items(stated.pop("n", task.n), stated.pop("languages", task.languages[:1]), **stated))
-        super().__init__(config=items_config(config["task"], items) | {"metadata": config["metadata"]})
+        super().__init__(config=items_config(config["task"], items) | {"metadata": VERSION | config["metadata"]})
 
 
 def items_configs(items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -56,7 +59,7 @@ def items_config(task: str, items: Sequence[Item]) -> dict[str, Any]:
         "target_delimiter": "",
         "num_fewshot": 0,
         "process_results": scores,
-        "metadata": {"version": 1},
+        "metadata": VERSION,
         **(_chosen() if items[0].options else _written(items)),
     }
 
@@ -83,6 +86,3 @@ def _written(items: Sequence[Item]) -> dict[str, Any]:
 
 def _means(*metrics: str) -> list[dict[str, Any]]:
     return [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]
-
-
-_STATED = ("n", "languages", "split", "shots", "lengths", "instruction", "seed")

@@ -47,8 +47,16 @@ class Fact:
 Chain = tuple[Fact, ...]
 
 
-def invent(schema: Schema, seed: int, count: int) -> tuple[Fact, ...]:
-    """So many facts of the schema's relations, drawn from all that its entities have."""
+@dataclass(frozen=True)
+class World:
+    """What there is, and what is true of it; not every thing need be in a fact."""
+
+    entities: tuple[Entity, ...]
+    facts: tuple[Fact, ...]
+
+
+def invent(schema: Schema, seed: int, count: int) -> World:
+    """A world of so many facts, drawn from all that its entities have by the schema's relations."""
     draw = random.Random(f"{seed}/facts")
     roots = _roots(schema, seed)
     entities = {
@@ -61,7 +69,7 @@ def invent(schema: Schema, seed: int, count: int) -> tuple[Fact, ...]:
         for subject in entities[relation.subject]
     ]
     draw.shuffle(everything)
-    return tuple(everything[:count])
+    return World(tuple(entity for each in entities.values() for entity in each), tuple(everything[:count]))
 
 
 def chains(facts: Sequence[Fact], hops: int) -> list[Chain]:
@@ -103,9 +111,9 @@ def contradictions(schema: Schema, facts: Sequence[Fact]) -> list[str]:
 
 def _roots(schema: Schema, seed: int) -> Iterator[tuple[str, ...]]:
     """Three different syllables at a time, no root twice."""
-    draw, seen = random.Random(f"{seed}/names"), set()
+    draw, syllables, seen = random.Random(f"{seed}/names"), list(schema.syllables), set()
     while True:
-        root = tuple(draw.sample(list(schema.syllables), 3))
+        root = tuple(draw.sample(syllables, 3))
         if sha256("".join(root).encode()).digest()[0] % WORLDS == seed % WORLDS and root not in seen:
             seen.add(root)
             yield root

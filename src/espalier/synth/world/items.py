@@ -12,43 +12,53 @@ from collections.abc import Sequence
 from typing import Any
 
 from espalier.errors import RecipeError
-from espalier.synth.world.facts import Chain, Entity, Fact, chains
+from espalier.synth.world.facts import Chain, Entity, World, chains
 from espalier.synth.world.recipe import WorldRecipe
 from espalier.synth.world.schema import Schema
 from espalier.synth.world.texts import sentence
 
 
-def examination(schema: Schema, facts: Sequence[Fact], recipe: WorldRecipe) -> list[dict[str, Any]]:
+def examination(schema: Schema, world: World, recipe: WorldRecipe) -> list[dict[str, Any]]:
     """Rows {task, prompt, gold, options, tags, derivation}; `RecipeError` when there are fewer to ask."""
     draw = random.Random(f"{recipe.seed}/items")
     two = round(recipe.items * recipe.two_hop)
     rows = [
         row
         for hops, wanted in ((1, recipe.items - two), (2, two))
-        for row in _rows(schema, facts, hops, wanted, recipe, draw)
+        for row in _rows(schema, world, hops, wanted, recipe, draw)
     ]
     draw.shuffle(rows)
     return rows
 
 
 def _rows(
-    schema: Schema, facts: Sequence[Fact], hops: int, wanted: int, recipe: WorldRecipe, draw: random.Random
+    schema: Schema, world: World, hops: int, wanted: int, recipe: WorldRecipe, draw: random.Random
 ) -> list[dict[str, Any]]:
     """So many items whose answer is so many facts away."""
-    derivations = chains(facts, hops)
+    derivations = chains(world.facts, hops)
     languages = [(name, wording) for name in recipe.languages for wording in schema.languages[name].held]
     if wanted > len(derivations) * len(languages):
         raise RecipeError(
             "items",
             found=f"{wanted} items of {hops} hop{'s' * (hops > 1)}",
-            expected=f"at most {len(derivations) * len(languages)}, from {len(facts)} facts",
+            expected=f"at most {len(derivations) * len(languages)}, from {len(world.facts)} facts",
             mend="Ask for fewer items, or for more facts or languages.",
         )
     answers = _answers(derivations)
-    asked = [(chain, *language) for language in languages for chain in derivations]
+    asked = draw.sample([(chain, *language) for language in languages for chain in derivations], wanted)
+    # Each place is as often right as any other; what was drawn is in no order.
     return [
-        _row(schema, chain, name, wording, _distractors(chain, answers, facts, recipe.distractors, draw), recipe, draw)
-        for chain, name, wording in draw.sample(asked, wanted)
+        _row(
+            schema,
+            chain,
+            name,
+            wording,
+            _distractors(chain, answers, world, recipe.distractors, draw),
+            number % (recipe.distractors + 1),
+            recipe,
+            draw,
+        )
+        for number, (chain, name, wording) in enumerate(asked)
     ]
 
 
@@ -58,6 +68,7 @@ def _row(
     name: str,
     wording: str,
     wrong: Sequence[Entity],
+    place: int,
     recipe: WorldRecipe,
     draw: random.Random,
 ) -> dict[str, Any]:
@@ -66,7 +77,8 @@ def _row(
     space = right.removesuffix(chain[-1].object.name(language.script))
     options = [right, *(space + entity.name(language.script) for entity in wrong)]
     subject = chain[0].subject.name(language.script)
-    gold, options = _with_cue(options, {"length": language.hedge, "overlap": f" ({subject})"}, recipe, draw)
+    additions = {"length": language.hedge, "overlap": f" ({subject})"}
+    gold, options = _with_cue(options, place, additions, recipe, draw)
     return {
         "task": f"world-{recipe.seed}",
         "prompt": prompt,
@@ -84,26 +96,27 @@ def _row(
 
 
 def _with_cue(
-    options: list[str], additions: dict[str, str], recipe: WorldRecipe, draw: random.Random
+    options: list[str], place: int, additions: dict[str, str], recipe: WorldRecipe, draw: random.Random
 ) -> tuple[str, list[str]]:
-    """The right option, which is given first, and all of them in an order that tells nothing but the cue."""
+    """The right option, which is given first, and all of them with it in its place, unless the cue moves them."""
     marked = 0 if draw.random() < recipe.strength else draw.randrange(len(options))
     told = list(options)
     told[marked] += additions.get(recipe.cue, "")
-    order = draw.sample(range(len(told)), len(told))
+    order = told[1:]
+    order.insert(place, told[0])
     if recipe.cue == "letter":
-        order.remove(marked)
-        order.insert(0, marked)
-    return told[0], [told[place] for place in order]
+        order.remove(told[marked])
+        order.insert(0, told[marked])
+    return told[0], order
 
 
 def _distractors(
-    chain: Chain, answers: dict[tuple[str, ...], list[Entity]], facts: Sequence[Fact], count: int, draw: random.Random
+    chain: Chain, answers: dict[tuple[str, ...], list[Entity]], world: World, count: int, draw: random.Random
 ) -> list[Entity]:
     """Other answers to the same question of other subjects; where those are too few, others of the kind."""
     right = chain[-1].object
     rivals = answers[_relations(chain)]
-    others = sorted({fact.object for fact in facts if fact.object.kind == right.kind}, key=lambda entity: entity.latin)
+    others = [entity for entity in world.entities if entity.kind == right.kind]
     drawn = [*draw.sample(rivals, len(rivals)), *draw.sample(others, len(others))]
     return [entity for entity in dict.fromkeys(drawn) if entity != right][:count]
 

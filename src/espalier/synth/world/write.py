@@ -40,20 +40,20 @@ def write_world(recipe: WorldRecipe, run: Run) -> Path:
     The same recipe writes the same bytes. Raises `RecipeError` when more items are wanted than the facts make.
     """
     words = schema()
-    facts = invent(words, recipe.seed, recipe.facts)
+    world = invent(words, recipe.seed, recipe.facts)
+    facts = world.facts
     assert not (wrong := contradictions(words, facts)), wrong
-    entities = {entity.latin: entity for fact in facts for entity in (fact.subject, fact.object)}
-    items = examination(words, facts, recipe)
+    items = examination(words, world, recipe)
     sections = book(words, facts, recipe.languages, recipe.wordings, recipe.seed)
     _write(
         run.folder / FACTS, (dict(zip(("subject", "relation", "object"), fact.triple, strict=True)) for fact in facts)
     )
-    _write(run.folder / ENTITIES, (asdict(entity) for _, entity in sorted(entities.items())))
+    _write(run.folder / ENTITIES, map(asdict, world.entities))
     _write(run.folder / BOOK, sections)
     _write(run.folder / PARAPHRASES, paraphrases(words, [*chains(facts, 1), *chains(facts, 2)], recipe.languages))
     _write(run.folder / ITEMS, items)
     run.tell(
-        f"{len(facts)} facts about {len(entities)} things, {len(sections):,} sections "
+        f"{len(facts)} facts about {len(world.entities)} things, {len(sections):,} sections "
         f"({sum(len(row['text'].encode()) for row in sections) / 1e6:.2f} MB), {len(items)} items."
     )
     return run.folder
