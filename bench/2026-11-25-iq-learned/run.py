@@ -41,7 +41,9 @@ from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe
 HERE = Path(__file__).parent
 TASK, LANGUAGES = "full_repeating", tuple(LETTERS)
 SEEDS, ITEMS = (0,), 180
-TOKENS, ROW, ROWS = 3_500_000, 192, 8
+ROW, ROWS = 192, 8
+# Of two stretches: letters keep what stands for them, then it is drawn anew at every update.
+FIXED, REDRAWN = 3_500_000, 1_100_000
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -79,12 +81,23 @@ def rows(words: tokenizers.Tokenizer, seed: int) -> Iterator[torch.Tensor]:
             waiting = waiting[ROW:]
 
 
-def trained(model: transformers.PreTrainedModel, spec: ModelSpec, words: tokenizers.Tokenizer, seed: int) -> dict:
-    """Train the model in place; what it took."""
+def train(
+    model: transformers.PreTrainedModel,
+    spec: ModelSpec,
+    words: tokenizers.Tokenizer,
+    tokens: int,
+    seed: int,
+    redrawn: list[int],
+) -> dict:
+    """Train the model in place; what it took. Before every update the embeddings of the `redrawn` ids are new ones."""
     optimizer = Optimizer(model, spec, OPTIMIZER, PARAMETRIZATION)
-    source, steps = rows(words, seed), TOKENS // (ROW * ROWS)
+    source, steps = rows(words, seed), tokens // (ROW * ROWS)
+    embedding = model.get_input_embeddings().weight
+    torch.manual_seed(seed)
     begin, losses = time.process_time(), []
     for step in range(steps):
+        with torch.no_grad():
+            embedding[redrawn] = torch.randn(len(redrawn), spec.hidden_size) * spec.initializer_range
         ids = torch.stack(list(itertools.islice(source, ROWS)))
         logits = model(ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -93,9 +106,16 @@ def trained(model: transformers.PreTrainedModel, spec: ModelSpec, words: tokeniz
         optimizer.set_factor(SCHEDULE.factor(step / steps))
         optimizer.step()
         losses.append(loss.item())
-        if step % 200 == 0:
+        if step % 100 == 0:
             print(f"step {step}/{steps}  loss {losses[-1]:.3f}  {time.process_time() - begin:.0f} s", flush=True)
     return {"tokens": steps * ROW * ROWS, "cpu_seconds": time.process_time() - begin, "loss": sum(losses[-50:]) / 50}
+
+
+def letter_ids(words: tokenizers.Tokenizer) -> list[int]:
+    """The tokens of all letters, one each."""
+    found = [words.encode(letter).ids for letter in sorted(set("".join(LETTERS.values())))]
+    assert all(len(ids) == 1 for ids in found), "a letter is a token"
+    return [number for [number] in found]
 
 
 def asked(folder: Path, split: str) -> list[Outcome]:
@@ -114,25 +134,30 @@ def by_language(outcomes: list[Outcome]) -> dict[str, float]:
     return {name: share([one for one in outcomes if one.tags["language"] == name]) for name in LANGUAGES}
 
 
-def compared(folder: Path, words: Path, seed: int) -> dict:
-    """One seed: the same model before and after training."""
-    spec = ModelSpec.stated(
-        {"vocab_size": tokenizer.id_count(tokenizer.load(words)), **SHAPE}, where="this record's shape"
-    )
+def compared(folder: Path, words_folder: Path, seed: int) -> dict:
+    """One seed: the same model before training, after its first stretch, and after both."""
+    words = tokenizer.load(words_folder)
+    spec = ModelSpec.stated({"vocab_size": tokenizer.id_count(words), **SHAPE}, where="this record's shape")
     model = build(spec, PARAMETRIZATION, seed=seed)
-    save(model, folder / f"untrained-{seed}", words)
-    took = trained(model, spec, tokenizer.load(words), seed)
-    save(model, folder / f"trained-{seed}", words)
-    before, after = (asked(folder / f"{name}-{seed}", "test") for name in ("untrained", "trained"))
+    save(model, folder / f"untrained-{seed}", words_folder)
+    before = asked(folder / f"untrained-{seed}", "test")
+    result: dict = {"seed": seed, "untrained": share(before)}
+    for number, (name, tokens, redrawn) in enumerate((("fixed", FIXED, []), ("redrawn", REDRAWN, letter_ids(words)))):
+        took = train(model, spec, words, tokens, 2 * seed + number, redrawn)
+        save(model, folder / f"{name}-{seed}", words_folder)
+        result[name] = took | measured(folder / f"{name}-{seed}", before)
+    return result
+
+
+def measured(folder: Path, before: list[Outcome]) -> dict:
+    """A trained model on letters that it has never seen, against the untrained one, and on those that it has."""
+    after = asked(folder, "test")
     assert [one.id for one in before] == [one.id for one in after], "pairs are of the same item"
-    scores = [[one.scores["exact_match"] for one in outcomes] for outcomes in (before, after)]
+    first, second = ([one.scores["exact_match"] for one in outcomes] for outcomes in (before, after))
     return {
-        "seed": seed,
-        **took,
-        "untrained": share(before),
-        "trained": share(after),
-        "gain": asdict(paired_bootstrap(*scores)),
-        "trained_on_train_letters": share(asked(folder / f"trained-{seed}", "train")),
+        "test_letters": share(after),
+        "gain": asdict(paired_bootstrap(first, second)),
+        "train_letters": share(asked(folder, "train")),
         "by_language": by_language(after),
     }
 
