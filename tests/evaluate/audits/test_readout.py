@@ -79,6 +79,9 @@ def test_a_head_that_knows_only_where_it_is_chosen_is_worth_nothing_elsewhere(au
     right = np.isin(np.arange(len(scores)), found.validation)
     gold = found.readings.gold_n
     scores[np.arange(len(scores)), 0, 2, np.where(right, gold, (gold + 1) % 4)] = 1
+    scores[np.arange(len(scores)), 1, 1, np.where(right, (gold + 1) % 4, gold)] = (
+        1  # the better one, which nobody knows
+    )
     report = found.report("lucky")
     assert found.best()["qk"] == (0, 2)
     assert report.value("words", "qk") == 0.0
@@ -97,6 +100,10 @@ def test_permutations_count_only_what_is_right_in_both_orders(audit):
     assert report.value("words", "logits_pa") == pytest.approx(0.5)
     second.letters_nO[:] = -np.eye(4)[second.gold_n]
     assert found.report("planted").value("words", "logits_pa") == 0.0
+    for order in found.permuted:
+        order.letters_nO[:] = np.eye(4)[order.gold_n]
+    found.readings.letters_nO[:] = -np.eye(4)[found.readings.gold_n]
+    assert found.report("planted").value("words", "logits_pa") == 0.0, "wrong in the given order"
 
 
 def test_questions_of_different_sizes_with_extra_options_and_tags(audit):
