@@ -33,6 +33,13 @@ class Branch(Recipe):
     texts: tuple[str, ...] = ()
 
 
+class Files(Recipe):
+    POSITIONAL = "paths"
+
+    paths: tuple[str, ...] = ()
+    rate: float = 1.0
+
+
 class Tree(Recipe):
     name: str = "tree"
     branch: Branch = Branch()
@@ -105,7 +112,9 @@ VALUES = {
     "serving": {"queries_per_day": 1e6},
     "reference_tokens": 1e9,
     "width": 32,
+    "tasks": ["1e5", "items:a: b"],
     "runs": ["1e5", "off"],
+    "items": "null",
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
     "Law": {"parameters": {"low": 1e5, "high": 1e7}, "tokens": {"low": 1e6, "high": 1e6}},
@@ -310,6 +319,18 @@ def test_overrides_are_taken_in_order_and_take_any_yaml():
     assert read("", "name=a=b").name == "a=b"
     assert read("", "name=def [").name == "def ["
     assert read("branch:", "branch.leaf.size=1").branch.leaf.size == 1
+
+
+@given(st.lists(words.filter(lambda word: "=" not in word), min_size=1), st.integers(0, 9))
+def test_arguments_without_a_key_are_the_list_of_the_positional_one(texts, place):
+    arguments = [*texts[:place], "rate=2", *texts[place:]]
+    assert read("paths: [other]", *arguments, kind=Files) == Files(paths=tuple(texts), rate=2)
+
+
+def test_a_mistake_beside_a_positional_argument_is_told_as_ever():
+    error = refusal("", "a.txt", "raet=1", kind=Files)
+    assert error.where == "argument 'raet=1': raet"
+    assert "no `=`" in refusal("", "a.txt").found, "a recipe without a positional key takes none"
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import signal
 import sys
 
 import datasets  # noqa: F401  imported once, here, for every fork
-from transformers import GraniteForCausalLM  # noqa: F401
+from transformers import GPT2LMHeadModel, GraniteForCausalLM  # noqa: F401
 
 from espalier import pipeline, story  # noqa: F401
 from espalier.cli import app, main  # noqa: F401
 from espalier.data import pack  # noqa: F401
+from espalier.evaluate.audits import readout  # noqa: F401
 from espalier.grow import apply, preserve  # noqa: F401
 from espalier.infer import sample  # noqa: F401
 from espalier.train import checkpoint, moments, objectives, probe  # noqa: F401

@@ -1,6 +1,7 @@
 """Methods: typed functions with one recipe each, found by one lazy line.
 
-A verb's package lists its methods as `METHODS = {"stack": "depth:stack"}` (module below the package, function).
+A verb's package lists its methods as `METHODS = {"stack": "depth:stack"}` (module below the package, function), and
+may name one of them as its `DEFAULT`.
 What `espalier methods` prints comes from the function's own decorator and docstring, read from the source:
 listing eighty methods imports none of them.
 """
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeVar
 from espalier.errors import RecipeError
 from espalier.recipe import Recipe
 
-VERBS = ("budget", "data", "grow", "evaluate")
+VERBS = ("budget", "data", "grow", "synth", "evaluate")
 
 Status = Literal["preview", "proven"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,6 +91,11 @@ def find(full_name: str) -> Card:
         expected="a name that `espalier methods` lists",
         mend=f"Did you mean {near[0]!r}?" if near else "Run `espalier methods`.",
     )
+
+
+def default(verb: str) -> str | None:
+    """The method that is meant where a verb is followed by settings at once; most verbs have none."""
+    return getattr(importlib.import_module(f"espalier.{verb}"), "DEFAULT", None)
 
 
 def _card(verb: str, name: str, line: str) -> Card:

@@ -11,7 +11,7 @@ import json
 import re
 import types
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,7 +20,12 @@ from espalier.errors import RecipeError
 
 
 class Recipe(BaseModel):
-    """Base of every recipe: frozen, and no key that isn't known."""
+    """Base of every recipe: frozen, and no key that isn't known.
+
+    POSITIONAL  the key, a list, that takes the arguments without a `=`; "" where there is none
+    """
+
+    POSITIONAL: ClassVar[str] = ""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -29,7 +34,10 @@ R = TypeVar("R", bound=Recipe)
 
 
 def load(kind: type[R], path: Path | None = None, overrides: list[str] | None = None) -> R:
-    """Read a YAML (or JSON) file, apply `key.sub=value` overrides in order, and check the result."""
+    """Read a YAML (or JSON) file, apply `key.sub=value` overrides in order, and check the result.
+
+    Overrides without a `=` make up the list of the recipe's positional key, where it has one.
+    """
     text = _read(path) if path else ""
     return parse(kind, text, overrides or [], where=str(path) if path else "command line")
 
@@ -37,6 +45,9 @@ def load(kind: type[R], path: Path | None = None, overrides: list[str] | None = 
 def parse(kind: type[R], text: str, overrides: list[str], *, where: str) -> R:
     """As `load`, from text; `where` names the text in errors."""
     values, lines = _parse_yaml(text, where)
+    if kind.POSITIONAL and (plain := [override for override in overrides if "=" not in override]):
+        values[kind.POSITIONAL] = plain
+        overrides = [override for override in overrides if "=" in override]
     for override in overrides:
         _override(values, override)
     try:

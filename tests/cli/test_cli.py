@@ -8,7 +8,7 @@ import pytest
 
 from espalier import __version__, recipe
 from espalier.cli.app import run_app
-from espalier.method import VERBS, cards
+from espalier.method import VERBS, cards, default, find
 from espalier.pipeline import PretrainRecipe
 from espalier.run import PAGE, RECIPE
 
@@ -72,6 +72,16 @@ def test_a_method_s_recipe_is_printed_without_doing_anything(cli, tmp_path):
     kind = next(card for card in cards() if card.full_name == "grow.stack").recipe()
     assert recipe.parse(kind, out, [], where="printed").factor == 2
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("tasks", [("tasks=[arc_easy, 'mmlu_*']",), ("tasks", "arc_easy", "mmlu_*")])
+def test_a_verb_whose_method_is_clear_takes_its_settings_at_once(cli, tasks):
+    code, out, err = cli("evaluate", *tasks, "model=small", "--dry-run")
+    assert code == 0, err
+    kind = find("evaluate.tasks").recipe()
+    assert recipe.parse(kind, out, [], where="printed") == kind(model="small", tasks=("arc_easy", "mmlu_*"))
+    assert kind(model="small", tasks="arc_easy").tasks == ("arc_easy",)
+    assert default("grow") is None and cli("grow", "model=small")[0] == 2
 
 
 def test_a_dry_run_prints_a_recipe_that_reads_back_and_a_price(cli, recipe_file, shared_home, monkeypatch, tmp_path):

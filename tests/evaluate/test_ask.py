@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
-from espalier.errors import BudgetError
+from espalier.errors import BudgetError, RunError
 from espalier.evaluate.ask import AskRecipe, ask, items_needed
 from espalier.evaluate.items import SAMPLES, Item, read_outcomes
 from espalier.ledger import Cap
@@ -76,6 +77,35 @@ def test_a_budget_that_turns_out_too_small_ends_the_asking_with_what_was_answere
     )
     assert "The budget is spent" in told[-1]
     assert run.ledger.cap == Cap(usd=1.0)
+
+
+class Ending:
+    """An engine that ends with an error after some answers."""
+
+    def __init__(self, engine, after: int, error: Exception) -> None:
+        self.engine, self.after, self.error = engine, after, error
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
+
+    def answers(self, requests):
+        yield from itertools.islice(self.engine.answers(requests), self.after)
+        raise self.error
+
+
+def test_an_engine_that_stops_at_the_cap_ends_the_asking_with_what_was_answered(scripted, make_run, told):
+    spent = BudgetError("budget: usd", found="$0", expected="$1", mend="")
+    run = make_run()
+    report = ask({"sums": sums(20)}, recipe(), run, Ending(scripted(add), 7, spent))
+    assert report.rows[0].n == 7 and "The budget is spent" in told[-1]
+    assert run.ledger.spent(kind="evaluate").usd == pytest.approx(0.07)
+
+
+def test_what_was_spent_before_a_failure_is_in_the_ledger(scripted, make_run):
+    run = make_run()
+    with pytest.raises(RunError):
+        ask({"sums": sums(20)}, recipe(), run, Ending(scripted(add), 7, RunError("", found="", expected="", mend="")))
+    assert run.ledger.spent(kind="evaluate").usd == pytest.approx(0.07)
 
 
 def test_what_was_answered_before_a_kill_is_not_asked_again(scripted, make_run):

@@ -30,6 +30,7 @@ _PURPOSE = {
     "budget": "measure and price",
     "data": "prepare text",
     "grow": "make a model larger",
+    "synth": "write data",
     "evaluate": "find out what a model can do",
 }
 
@@ -67,10 +68,13 @@ def _verb_command(verb: str) -> Callable[..., None]:
         runs: Runs = Path("runs"),
         dry_run: OnlyResolve = False,
     ) -> None:
+        settings = overrides or []
+        if name and "=" in name and (default := method.default(verb)):
+            name, settings = default, [name, *settings]
         if name is None:
             list_methods(verb)
         else:
-            _carry_out(f"{verb}.{name}", overrides, file, run_name, runs, dry_run)
+            _carry_out(f"{verb}.{name}", settings, file, run_name, runs, dry_run)
 
     return command
 

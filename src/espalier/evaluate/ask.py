@@ -12,7 +12,6 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Literal
 
 from pydantic import Field
 from rich.progress import Progress
@@ -22,14 +21,13 @@ from espalier.budget import hardware, price
 from espalier.budget.plan import BudgetRecipe
 from espalier.errors import BudgetError
 from espalier.evaluate.intervals import stderr
-from espalier.evaluate.items import SAMPLES, Item, Outcome, fingerprint, read_outcomes
-from espalier.infer.engine import Answer, Engine, Generate, Request, Score, open_engine
+from espalier.evaluate.items import SAMPLES, Askable, Outcome, Scoring, fingerprint, read_outcomes
+from espalier.infer.engine import Answer, Engine, open_engine
 from espalier.infer.recipe import EngineRecipe
 from espalier.ledger import Cost
 from espalier.report import Report
 from espalier.run import Run
 
-Scoring = Literal["options", "written"]
 # Items of a task before its standard error says how many more are needed.
 FIRST_ROUND = 50
 
@@ -50,7 +48,7 @@ class AskRecipe(EngineRecipe):
     budget: BudgetRecipe = BudgetRecipe()
 
 
-def ask(items: Mapping[str, Sequence[Item]], recipe: AskRecipe, run: Run, engine: Engine | None = None) -> Report:
+def ask(items: Mapping[str, Sequence[Askable]], recipe: AskRecipe, run: Run, engine: Engine | None = None) -> Report:
     """Ask the items of each task; rows of (task, metric), outcomes in samples.jsonl, the cost in the ledger.
 
     Raises `BudgetError` when it would cost more than the budget; what was begun ends, with fewer items, at the cap.
@@ -69,49 +67,10 @@ def ask(items: Mapping[str, Sequence[Item]], recipe: AskRecipe, run: Run, engine
             opened.close()
 
 
-def requests(item: Item, scoring: Scoring = "options") -> list[Request]:
-    """What a model is asked for an item."""
-    if item.options and scoring == "options":
-        return [Score(item.prompt, option) for option in item.options]
-    return [Generate(item.prompt, item.max_new_tokens, item.stop)]
-
-
-def judge(item: Item, answers: Sequence[Answer]) -> Outcome:
-    """How the answers to an item's requests do.
-
-    acc          the most probable option is right
-    acc_norm     the one of the highest probability a character is
-    exact_match  the first line that was written is right, whitespace around it aside
-    """
-    if all(answer.finish == "scored" for answer in answers):
-        logprobs = tuple(answer.logprob for answer in answers)
-        lengths = [len(option.strip()) or 1 for option in item.options]
-        best = _best(logprobs)
-        fair = _best([value / length for value, length in zip(logprobs, lengths, strict=True)])
-        right = item.options.index(item.gold)
-        said, scores = item.options[best], {"acc": float(best == right), "acc_norm": float(fair == right)}
-    else:
-        [answer] = answers
-        said, logprobs = answer.text, ()
-        scores = {"exact_match": float(_first_line(said) == item.gold.strip())}
-    return Outcome(
-        task=item.task,
-        id=item.id,
-        scores=scores,
-        said=said,
-        gold=item.gold,
-        chance=item.chance if logprobs else 0.0,
-        prompt_tokens=answers[0].prompt_tokens,
-        completion_tokens=sum(answer.completion_tokens for answer in answers),
-        logprobs=logprobs,
-        tags=item.tags,
-    )
-
-
 class _Asked:
     """Items that are being asked, and what came of them."""
 
-    def __init__(self, items: Mapping[str, Sequence[Item]], recipe: AskRecipe, run: Run, engine: Engine) -> None:
+    def __init__(self, items: Mapping[str, Sequence[Askable]], recipe: AskRecipe, run: Run, engine: Engine) -> None:
         self.items, self.recipe, self.run, self.engine = items, recipe, run, engine
         self.path = run.folder / SAMPLES
         with self.path.open("a+b") as file:
@@ -122,7 +81,7 @@ class _Asked:
     def require_affordable(self) -> None:
         """Say what it will cost, at most where precision decides; refuse what the budget can't pay."""
         left = [item for each in self.items.values() for item in self._left(each)]
-        asked = [request for item in left for request in requests(item, self.recipe.scoring)]
+        asked = [request for item in left for request in item.requests(self.recipe.scoring)]
         expected = self.engine.estimate(asked)
         most = "at most " if self.recipe.stderr else ""
         self.run.tell(
@@ -146,46 +105,50 @@ class _Asked:
                 self.run.tell("The budget is spent: the rest of the items isn't asked.")
                 return
 
-    def _left(self, items: Sequence[Item]) -> list[Item]:
+    def _left(self, items: Sequence[Askable]) -> list[Askable]:
         return [item for item in items if item.id not in self.outcomes]
 
-    def _round(self, task: str) -> list[Item]:
+    def _round(self, task: str) -> list[Askable]:
         """The next items of a task; none when it is sure enough or has no more."""
         left = self._left(self.items[task])
-        if self.recipe.stderr is None or not left:
-            return left
         done = [outcome for outcome in self.outcomes.values() if outcome.task == task]
+        if self.recipe.stderr is None or not left or (done and not done[0].scores):
+            return left
         return left[: max(items_needed(done, self.recipe.stderr) - len(done), 0)]
 
-    def _ask(self, items: Sequence[Item]) -> bool:
+    def _ask(self, items: Sequence[Askable]) -> bool:
         """Ask these items; whether the budget lasted."""
-        asked = [requests(item, self.recipe.scoring) for item in items]
+        asked = [item.requests(self.recipe.scoring) for item in items]
         owners = [(number, place) for number, each in enumerate(asked) for place in range(len(each))]
         answers: dict[int, dict[int, Answer]] = defaultdict(dict)
         spent, done, lasts = Cost(), 0, True
-        with (
-            contextlib.closing(self.engine.answers([one for each in asked for one in each])) as stream,
-            Progress(transient=True) as progress,
-            self.path.open("a", encoding="utf-8") as file,
-        ):
-            bar = progress.add_task("items", total=len(items))
-            for index, answer in stream:
-                number, place = owners[index]
-                answers[number][place] = answer
-                spent += Cost(flops=answer.cost.flops, usd=answer.cost.usd)
-                if len(answers[number]) < len(asked[number]):
-                    continue
-                outcome = judge(items[number], [one for _, one in sorted(answers.pop(number).items())])
-                self.outcomes[outcome.id] = outcome
-                with files.disk_errors(self.path):
-                    file.write(json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
-                    file.flush()
-                progress.advance(bar)
-                done += 1
-                lasts = self.run.affords(spent * ((done + 1) / done))  # one more like these
-                if not lasts:
-                    break
-        self.run.charge("evaluate", flops=spent.flops, usd=spent.usd)
+        try:
+            with (
+                contextlib.closing(self.engine.answers([one for each in asked for one in each])) as stream,
+                Progress(transient=True) as progress,
+                self.path.open("a", encoding="utf-8") as file,
+            ):
+                bar = progress.add_task("items", total=len(items))
+                for index, answer in stream:
+                    number, place = owners[index]
+                    answers[number][place] = answer
+                    spent += Cost(flops=answer.cost.flops, usd=answer.cost.usd)
+                    if len(answers[number]) < len(asked[number]):
+                        continue
+                    outcome = items[number].judge([one for _, one in sorted(answers.pop(number).items())])
+                    self.outcomes[outcome.id] = outcome
+                    with files.disk_errors(self.path):
+                        file.write(json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
+                        file.flush()
+                    progress.advance(bar)
+                    done += 1
+                    lasts = self.run.affords(spent * ((done + 1) / done))  # one more like these
+                    if not lasts:
+                        break
+        except BudgetError:  # an engine that spends money knows what those in flight may cost
+            lasts = False
+        finally:  # what was spent is entered, however it ended
+            self.run.charge("evaluate", flops=spent.flops, usd=spent.usd)
         return lasts
 
 
@@ -205,7 +168,7 @@ def items_needed(outcomes: Sequence[Outcome], wanted: float) -> int:
     return math.ceil(most / wanted**2) + 1
 
 
-def _drawn(items: Sequence[Item], recipe: AskRecipe) -> list[Item]:
+def _drawn(items: Sequence[Askable], recipe: AskRecipe) -> list[Askable]:
     """As many items as the limit says, in an order that the seed draws: any beginning of it is a fair sample."""
     drawn = list(items)
     random.Random(recipe.seed).shuffle(drawn)
@@ -222,7 +185,7 @@ def _price(recipe: AskRecipe, run: Run) -> None:
 
 
 def _report(
-    items: Mapping[str, Sequence[Item]], outcomes: Mapping[str, Outcome], recipe: AskRecipe, engine: Engine
+    items: Mapping[str, Sequence[Askable]], outcomes: Mapping[str, Outcome], recipe: AskRecipe, engine: Engine
 ) -> Report:
     """A row a task and metric, in the order of the tasks."""
     report = Report(recipe.model, context={"model": engine.identity, "scoring": recipe.scoring, "tasks": {}})
@@ -238,12 +201,3 @@ def _report(
             scores = [outcome.scores[metric] for outcome in done]
             report.add(task, metric, sum(scores) / len(scores), stderr=stderr(scores), n=len(scores))
     return report
-
-
-def _best(values: Sequence[float]) -> int:
-    """The place of the largest; of equals the first."""
-    return max(range(len(values)), key=lambda place: values[place])
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n", 1)[0].strip()
