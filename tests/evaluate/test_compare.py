@@ -10,6 +10,7 @@ from espalier.errors import RecipeError, RunError
 from espalier.evaluate.ask import AskRecipe, ask
 from espalier.evaluate.compare import OVERALL, CompareRecipe, compare, cost_per_point, evaluate_compare
 from espalier.evaluate.evaluation import Evaluation, training_cost
+from espalier.evaluate.intervals import holm
 from espalier.evaluate.items import SAMPLES, Item, Outcome, write_outcomes
 from espalier.evaluate.told import tell_and_save
 from espalier.folder import MADE
@@ -94,6 +95,14 @@ def test_a_planted_difference_is_found_with_its_size(evaluated, compared):
         assert each["n"] == (3 if task == OVERALL else 1) * N
         assert task == OVERALL or each["chance"] <= each["corrected"] < 0.001
     assert any(line.startswith("strong: overall score 0.4") for line in lines)
+
+
+def test_all_tests_of_a_comparison_are_corrected_together(evaluated, compared):
+    context, _ = compared(*(evaluated(name, 0.55, seed=seed) for seed, name in enumerate("abc")))
+    tested = [each for each in context["differences"] if each["chance"] is not None]
+    assert len(tested) == 2 * 4
+    assert [each["corrected"] for each in tested] == holm([each["chance"] for each in tested])
+    assert any(each["corrected"] > each["chance"] for each in tested)
 
 
 def test_luck_is_told_from_skill(evaluated, compared):

@@ -62,7 +62,7 @@ def test_a_user_s_rows_are_taken_and_models_compared_batch_by_batch_on_them(espa
         for metric in ("loss", "bpb"):
             mean = sum(outcome.scores[metric] for outcome in outcomes) / len(outcomes)
             assert mean == pytest.approx(report.value("held-out", metric), rel=1e-9)
-    done = espalier("evaluate", "compare", "runs=[runs/first, runs/last]", "--name=compared")
+    done = espalier("evaluate", "compare", "runs/first", "runs/last", "--name=compared")
     assert done.code == 0, done.err
     [loss, bpb] = json.loads((tmp_path / "runs" / "compared" / RESULTS).read_text())["context"]["differences"]
     assert (loss["metric"], bpb["metric"]) == ("loss", "bpb") and loss["n"] == bpb["n"] == len(outcomes) > 20
