@@ -40,7 +40,7 @@ from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe
 
 HERE = Path(__file__).parent
 TASK, LANGUAGES = "full_repeating", tuple(LETTERS)
-SEEDS, ITEMS = (0,), 180
+SEEDS, ITEMS = (0, 1, 2), 180
 ROW, ROWS = 192, 8
 # Of two stretches: letters keep what stands for them, then it is drawn anew at every update.
 FIXED, REDRAWN = 3_500_000, 1_100_000

@@ -40,12 +40,14 @@ class Question:
     tags: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert 2 <= len(self.options) <= len(LETTERS), f"{len(self.options)} options, not 2 to {len(LETTERS)}"
-        assert all(option.strip() for option in self.options), "an option without text"
-        assert len({option.strip() for option in self.options}) == len(self.options), "an option twice"
-        assert self.answer in (self.options if isinstance(self.answer, str) else range(len(self.options))), (
-            f"the answer {self.answer!r} is none of the options"
-        )
+        if not 2 <= len(self.options) <= len(LETTERS):
+            raise ValueError(f"{len(self.options)} options, not 2 to {len(LETTERS)}")
+        if not all(option.strip() for option in self.options):
+            raise ValueError("an option without text")
+        if len({option.strip() for option in self.options}) < len(self.options):
+            raise ValueError("an option twice")
+        if self.answer not in (self.options if isinstance(self.answer, str) else range(len(self.options))):
+            raise ValueError(f"the answer {self.answer!r} is none of the options")
 
     @property
     def gold(self) -> int:

@@ -126,7 +126,7 @@ def _questions(recipe: ReadoutRecipe) -> tuple[str, list[Question]]:
 def _with_extra(question: Question, extra: tuple[str, ...]) -> Question:
     try:
         return question.with_options(extra)
-    except AssertionError as error:
+    except ValueError as error:
         raise DataError(
             f"extra, with {question.question[:60]!r}",
             found=str(error),
