@@ -16,8 +16,8 @@ from espalier.ledger import Cost, Ledger
 from espalier.report import Report, Row
 from espalier.run import LEDGER, RECIPE, RESULTS
 
-# Metrics of which less is better; of all others more is.
-LOWER_IS_BETTER = ("loss", "bpb")
+# Metrics of which less is better, ours and lm-eval's; of all others more is.
+LOWER_IS_BETTER = ("loss", "bpb", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score")
 NORMAL_95 = 1.96
 
 
