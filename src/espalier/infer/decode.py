@@ -316,10 +316,10 @@ def stem_length(texts: Sequence[Text]) -> int:
 
 def draw(logits: Tensor, request: Generate, chance: random.Random) -> int:
     """A token by its probability at the request's temperature, among the most probable that sum to `top_p`."""
-    probabilities, order = torch.softmax(logits.double() / request.temperature, dim=-1).sort(
-        descending=True, stable=True
-    )
+    probabilities = torch.softmax(logits.double() / request.temperature, dim=-1)
+    if request.top_p < 1:
+        ordered, places = probabilities.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        probabilities[places[1:][before[1:] >= request.top_p]] = 0.0
     sums = probabilities.cumsum(-1)
-    kept = max(int((sums - probabilities < request.top_p).sum()), 1)
-    place = int(torch.searchsorted(sums[:kept], chance.random() * sums[kept - 1]))
-    return int(order[min(place, kept - 1)])
+    return int(torch.searchsorted(sums, chance.random() * sums[-1], right=True).clamp(max=len(sums) - 1))
