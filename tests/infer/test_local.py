@@ -393,7 +393,7 @@ def test_a_tokenizer_of_another_model_is_refused(copy, engine):
 @pytest.mark.parametrize("count", [0, 64, 100])
 def test_an_answer_that_the_context_has_no_room_for_is_refused(count, engine):
     with pytest.raises(RecipeError, match="1 to 63"):
-        answer_all(engine(), [Generate("the cat", count)])
+        next(engine().answers([*SHARED, Generate("the cat", count)]))
 
 
 def test_a_cache_that_holds_no_text_is_refused(engine):
