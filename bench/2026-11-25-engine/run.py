@@ -8,7 +8,7 @@
    64 and more first). Answers are compared one by one.
 2. decode: one prompt at a time, 192 tokens each, greedily, against `generate` with its default cache and a static one.
    What a model repeats decides how many guesses come true, so the folders named are asked (trained models), and
-   models with random weights.
+   models with random weights. Drawn at temperature 1 a text hardly repeats itself: that is the other end.
 
 Times are CPU time of this process on one thread, ours and theirs in turn, medians.
 """
@@ -57,7 +57,8 @@ SIZES = {
     "55M": {"hidden_size": 640, "num_hidden_layers": 10, "head_dim": 64},
 }
 CHOSEN, HEADED, WRITTEN = 300, 150, 50  # items: options alone, options after a shared header, answers to be written
-WRITES, PROMPTS = 192, 5  # tokens of an answer, and prompts, of the second question
+WAYS = ("ours", "without_guesses", "generate", "generate_static", "ours_drawn", "generate_drawn")
+WRITES, PROMPTS = 192, 3  # tokens of an answer, and prompts, of the second question
 
 
 def texts() -> list[str]:
@@ -189,8 +190,8 @@ def decode(run: Run, path: Path) -> dict[str, Any]:
     model.generation_config.eos_token_id, engine.writer.ends = None, frozenset()
     tokens = engine.tokenizer("\n".join(texts())).input_ids
     chance = random.Random(SEED)
-    found: dict[str, list[float]] = {name: [] for name in ("ours", "without_guesses", "generate", "generate_static")}
-    same, passes = 0, []
+    found: dict[str, list[float]] = {name: [] for name in WAYS}
+    same, passes, used = 0, list[int](), list[int]()
     engine.passes.model.register_forward_pre_hook(lambda *_: passes.append(1))
     for _ in range(PROMPTS + 1):
         begin = chance.randrange(len(tokens) - 100)
@@ -201,15 +202,19 @@ def decode(run: Run, path: Path) -> dict[str, Any]:
         passes.clear()
         took, [answer] = seconds(lambda r=request: answer_all(engine, r))
         found["ours"].append(took)
-        used = len(passes)
+        used.append(len(passes))
         with mock.patch.multiple(guess, MOST=0, FEW=0):
             found["without_guesses"].append(seconds(lambda r=request: answer_all(engine, r))[0])
         took, true = seconds(lambda i=ids, t=told: model.generate(i, **t))
         found["generate"].append(took)
         static = partial(model.generate, ids, cache_implementation="static", disable_compile=True, **told)
         found["generate_static"].append(seconds(static)[0])
+        drawn = [Generate(prompt, max_new_tokens=WRITES, temperature=1.0)]
+        found["ours_drawn"].append(seconds(lambda d=drawn: answer_all(engine, d))[0])
+        sampled = partial(model.generate, ids, **told | {"do_sample": True, "temperature": 1.0, "top_k": 0})
+        found["generate_drawn"].append(seconds(sampled)[0])
         same += list(answer.tokens) == true[0, ids.shape[1] :].tolist()
-        print(used, {name: round(1e3 * times[-1] / WRITES, 2) for name, times in found.items()}, flush=True)
+        print(used[-1], {name: round(1e3 * times[-1] / WRITES, 2) for name, times in found.items()}, flush=True)
     ms = {name: statistics.median(1e3 * took / WRITES for took in times[1:]) for name, times in found.items()}
     return {
         "parameters": engine.passes.parameters,
@@ -217,6 +222,7 @@ def decode(run: Run, path: Path) -> dict[str, Any]:
         "ratio": statistics.median(
             theirs / own for own, theirs in zip(found["ours"][1:], found["generate"][1:], strict=True)
         ),
+        "passes": used[1:],
         "same": [same, PROMPTS + 1],
         "times": found,
     }
@@ -241,7 +247,7 @@ def main() -> None:
                 found: Any = throughput(run, where)
             else:
                 random_weights = {name: decode(run, folder(name, where)) for name in SIZES}
-                found = random_weights | {f"trained {path}": decode(run, path) for path in asked.folders}
+                found = random_weights | {f"trained {path.parent.name}": decode(run, path) for path in asked.folders}
     result = json.loads((HERE / "result.json").read_text()) if (HERE / "result.json").exists() else {}
     result[asked.question] = found | {"load_at_end": psutil.getloadavg()}
     result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from espalier.budget import flops
 from espalier.errors import DataError, ModelError, RecipeError, ResourceError
 from espalier.folder import ModelFolder
 from espalier.infer.engine import Generate, Score, answer_all, open_engine
@@ -321,7 +322,7 @@ def test_closing_ends_the_work(engine):
 
 
 @pytest.mark.parametrize("name", ["granite", "gpt2", "mixtral", "windowed"])
-def test_the_estimate_is_what_is_charged(name, engine, monkeypatch):
+def test_the_estimate_is_what_is_charged(name, engine):
     asked = engine(name)
     asked.run.price(Rates(usd_per_hour=3600.0, watts=10.0))
     requests = [*MIXED, *(Generate(f"{word} the cat", 12) for word in ("zz", "é", "dogs"))]
@@ -329,6 +330,15 @@ def test_the_estimate_is_what_is_charged(name, engine, monkeypatch):
     real = sum(answer.cost.flops for answer in answer_all(asked, requests))
     assert real / 2 < expected.flops < 2 * real
     assert 0 < expected.seconds < 60 and expected.usd == pytest.approx(expected.seconds) and expected.kwh > 0
+
+
+def test_flops_are_those_of_reading_a_prompt_and_of_each_token_after_it(engine):
+    asked = engine("granite")
+    [score, text] = answer_all(asked, [Score("the cat sat", "?"), Generate("the cat sat", 2)])
+    prompt = score.prompt_tokens
+    assert score.completion_tokens == 1
+    assert score.cost.flops == flops.prefill_flops(asked.passes.spec, prompt)
+    assert text.cost.flops == score.cost.flops + flops.decode_flops(asked.passes.spec, prompt + 1)
 
 
 def test_nothing_costs_nothing(engine):
@@ -383,7 +393,7 @@ def test_a_tokenizer_of_another_model_is_refused(copy, engine):
 @pytest.mark.parametrize("count", [0, 64, 100])
 def test_an_answer_that_the_context_has_no_room_for_is_refused(count, engine):
     with pytest.raises(RecipeError, match="1 to 63"):
-        answer_all(engine(), [Generate("the cat", count)])
+        next(engine().answers([*SHARED, Generate("the cat", count)]))
 
 
 def test_a_cache_that_holds_no_text_is_refused(engine):

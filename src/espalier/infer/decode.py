@@ -73,7 +73,8 @@ class Slots(DynamicCache):
 class Text:
     """A request for a text, and what was written of it.
 
-    tokens  the prompt's, cut to what leaves room for the answer, and those that were written
+    tokens   the prompt's, cut to what leaves room for the answer, and those that were written
+    guesses  while it has a slot
     """
 
     owner: int
@@ -84,12 +85,12 @@ class Text:
     greedy: list[bool] = field(default_factory=list)
     flops: float = 0.0
     finish: str = ""
+    guesses: Guesses | None = None
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
         self.stops = [stop for stop in self.request.stop if stop]
         self.random = random.Random(self.request.seed)
-        self.guesses = Guesses(self.tokens)
 
     @property
     def left(self) -> int:
@@ -100,9 +101,14 @@ class Text:
     def longest(self) -> int:
         return self.prompt + self.request.max_new_tokens
 
+    def guess(self, room: int) -> list[int]:
+        """What it will go on with, in a pass that has room for so many tokens of it."""
+        return self.guesses.next(min(room, self.left) - 1) if self.guesses else []
+
     def write(self, token: int, logprob: float, greedy: bool) -> None:
         self.tokens.append(token)
-        self.guesses.see()
+        if self.guesses:
+            self.guesses.see()
         self.logprobs.append(logprob)
         self.greedy.append(greedy)
 
@@ -172,8 +178,7 @@ class Writer:
                 self._step(new, [text.tokens[stem:] for text in new], [[] for _ in new], cache, rows)
                 active += new
             else:
-                room = ROOM // len(active)
-                guesses = [text.guesses.next(min(room, text.left) - 1) for text in active]
+                guesses = [text.guess(ROOM // len(active)) for text in active]
                 tokens = [[text.tokens[-1], *guess] for text, guess in zip(active, guesses, strict=True)]
                 self._step(active, tokens, guesses, cache, slice(0, len(active)))
             yield from self._leave(active, cache)
@@ -187,6 +192,7 @@ class Writer:
             if new and (len(new) + 1) * longest > self.batch_tokens:
                 break
             new.append(waiting.popleft())
+            new[-1].guesses = Guesses(new[-1].tokens)
         return new
 
     def _leave(self, active: list[Text], cache: Slots) -> Iterator[tuple[int, Answer]]:
@@ -197,6 +203,7 @@ class Writer:
                 if row < len(active):
                     active[row] = last
                     cache.move(len(active), row)
+                done.guesses = None
                 yield done.owner, self.answer(done)
 
     def _stem(self, texts: Sequence[Text], cache: Slots) -> int:
@@ -316,10 +323,10 @@ def stem_length(texts: Sequence[Text]) -> int:
 
 def draw(logits: Tensor, request: Generate, chance: random.Random) -> int:
     """A token by its probability at the request's temperature, among the most probable that sum to `top_p`."""
-    probabilities, order = torch.softmax(logits.double() / request.temperature, dim=-1).sort(
-        descending=True, stable=True
-    )
+    probabilities = torch.softmax(logits.double() / request.temperature, dim=-1)
+    if request.top_p < 1:
+        ordered, places = probabilities.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        probabilities[places[1:][before[1:] >= request.top_p]] = 0.0
     sums = probabilities.cumsum(-1)
-    kept = max(int((sums - probabilities < request.top_p).sum()), 1)
-    place = int(torch.searchsorted(sums[:kept], chance.random() * sums[kept - 1]))
-    return int(order[min(place, kept - 1)])
+    return int(torch.searchsorted(sums, chance.random() * sums[-1], right=True).clamp(max=len(sums) - 1))

@@ -72,8 +72,9 @@ class Local:
 
     def answers(self, requests: Sequence[Request]) -> Generator[tuple[int, Answer], None, None]:
         """(index of the request, answer): first the scores, then what is written, as it is done."""
+        texts = self._texts(requests)  # refuses what can't be written before anything is spent
         yield from self._scores(requests)
-        if texts := self._texts(requests):
+        if texts:
             slots, length = self.writer.slots(texts)
             held = units.si(slots * length * self.passes.token_bytes, "B")
             self.run.tell(f"{len(texts):,} texts to write, {slots} at a time, {held} of keys and values.")
@@ -129,7 +130,7 @@ class Local:
         for number, request in enumerate(requests):
             if isinstance(request, Score) and number not in missing:
                 yield number, _scored(request, [])
-        for scored in self._passes(self._plant(found), None):
+        for scored in self._grown(self._plant(found), None):
             owner = scored.window.owner
             done[owner].append(scored)
             if len(done[owner]) == missing[owner]:
@@ -162,7 +163,7 @@ class Local:
         return batches(group.trees, most_tokens=self.batch_tokens, most_asked=most_asked)
 
     @torch.inference_mode()
-    def _passes(self, group: Group, below: Stem | None) -> Generator[Scored, None, None]:
+    def _grown(self, group: Group, below: Stem | None) -> Generator[Scored, None, None]:
         """All windows of a group and of those that grow on it; the first bears the cost of the stem."""
         stem, spent = below, 0.0
         if group.stem:
@@ -173,7 +174,7 @@ class Local:
                 yield replace(scored, flops=scored.flops + spent)
                 spent = 0.0
         for above in group.groups:
-            for scored in self._passes(above, stem):
+            for scored in self._grown(above, stem):
                 yield replace(scored, flops=scored.flops + spent)
                 spent = 0.0
 
