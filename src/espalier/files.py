@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from espalier.errors import ResourceError, UserError
+from espalier.errors import DataError, ResourceError, UserError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -49,6 +49,15 @@ def digest(value: object) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text in one step."""
     write_bytes(path, text.encode())
+
+
+def read_text(path: Path, *, expected: str, mend: str) -> str:
+    """A user's file as text, in UTF-8; `DataError` when it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", None) or "bytes that aren't UTF-8"
+        raise DataError(str(path), found=found, expected=expected, mend=mend) from None
 
 
 def cut_torn_line(file: IO[bytes]) -> None:

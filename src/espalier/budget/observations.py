@@ -94,15 +94,7 @@ def text_digest(data: dict[str, Any]) -> str:
 
 def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """(line from 1, values) of every row."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            str(path),
-            found=getattr(error, "strerror", None) or "bytes that aren't UTF-8",
-            expected="a CSV or JSONL file",
-            mend="Name a file with a row for each training run.",
-        ) from None
+    text = files.read_text(path, expected="a CSV or JSONL file", mend="Name a file with a row for each training run.")
     if path.suffix == ".csv":
         return enumerate(csv.DictReader(text.splitlines()), start=2)
     return [(n, _object(path, n, line)) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]

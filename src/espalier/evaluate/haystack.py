@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from espalier import files
 from espalier.errors import DataError
 
 
@@ -173,15 +174,8 @@ LANGUAGES = {
 
 def sentences_of(path: Path) -> list[str]:
     """The sentences of a text file: what a full stop and the like, or a line, ends."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            str(path),
-            found=getattr(error, "strerror", None) or "bytes that aren't UTF-8",
-            expected="a text file",
-            mend="Name another file, or leave text out to have hay made.",
-        ) from None
+    mend = "Name another file, or leave text out to have hay made."
+    text = files.read_text(path, expected="a text file", mend=mend)
     found = [part.strip() for part in re.split(r"(?<=[.!?])\s+|(?<=[。!?])|\n+", text)]
     sentences = [part for part in found if part]
     if not sentences:

@@ -181,15 +181,7 @@ def read_rows(kind: type[T], path: Path) -> list[T]:
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, line) of a file's lines that aren't empty; `DataError` when it can't be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            str(path),
-            found=getattr(error, "strerror", None) or "bytes that aren't UTF-8",
-            expected="JSON lines",
-            mend="Name another file.",
-        ) from None
+    text = files.read_text(path, expected="JSON lines", mend="Name another file.")
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
@@ -202,6 +194,6 @@ def _read(adapter: TypeAdapter[T], kind: type[T], path: Path, number: int, line:
         raise DataError(
             f"{path}:{number}" + (f": {key}" if key else ""),
             found=complaint["msg"].removeprefix("Value error, "),
-            expected=f"an {kind.__name__.lower()} in JSON",
+            expected=f"the fields of {kind.__name__}, in JSON",
             mend="Mend the line.",
         ) from None
