@@ -10,7 +10,8 @@ from espalier import __version__, recipe
 from espalier.cli.app import run_app
 from espalier.method import VERBS, cards, default, find
 from espalier.pipeline import PretrainRecipe
-from espalier.run import PAGE, RECIPE
+from espalier.report import Report, Row
+from espalier.run import PAGE, RECIPE, RESULTS
 
 METHODS = sorted(card.full_name for card in cards())
 
@@ -162,6 +163,17 @@ def test_runs_are_listed_shown_and_reported(cli, copy_of_finished):
     (copy_of_finished / PAGE).unlink()
     code, out, _ = cli("report", "tiny")
     assert code == 0 and out.strip().endswith(PAGE) and (copy_of_finished / PAGE).exists()
+
+
+def test_what_a_method_found_is_shown_and_its_page_is_left_as_it_is(cli, tmp_path):
+    folder = tmp_path / "runs" / "asked"
+    folder.mkdir(parents=True)
+    (folder / RECIPE).write_text("model: m\n")
+    (folder / PAGE).write_text("a method's own")
+    Report("m", [Row("sums", "acc", 0.5, stderr=0.1, n=25)]).save(folder / RESULTS)
+    assert cli("show", "asked") == (0, "sums  acc  0.5 ± 0.1\nruns/asked/report.html\n", "")
+    assert cli("report", "asked") == (0, "runs/asked/report.html\n", "")
+    assert (folder / PAGE).read_text() == "a method's own"
 
 
 def test_a_run_that_has_no_state_yet_is_listed_as_unfinished(cli, tmp_path):

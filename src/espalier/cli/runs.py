@@ -12,7 +12,8 @@ import typer
 from espalier import errors, units
 from espalier.cli.methods import Runs
 from espalier.ledger import Ledger
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, RECIPE, STATE, read_json, read_lines
+from espalier.report import Report
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, STATE, read_json, read_lines
 
 Name = Annotated[str, typer.Argument(metavar="RUN", help="name or path of a run folder", show_default=False)]
 
@@ -48,21 +49,26 @@ def list_runs(runs: Runs = Path("runs")) -> None:
 
 
 def show(run: Name, runs: Runs = Path("runs")) -> None:
-    """Show a run: plan against fact, stages, results and where its files are."""
+    """Show a run: plan against fact and stages, or what a method found, and where its files are."""
     from espalier import story
 
     folder = find(run, runs)
-    story.tell(folder)
+    if (folder / RESULTS).exists() and not (folder / PLAN).exists():
+        typer.echo(Report.load(folder / RESULTS))
+    else:
+        story.tell(folder)
     for path in (folder / FINAL, folder / PAGE):
         if path.exists():
             typer.echo(path)
 
 
 def report(run: Name, runs: Runs = Path("runs")) -> None:
-    """Make a run's page again, and print its path."""
+    """Make a run's page again, and print its path; a method's page is as the method left it."""
     from espalier import story
 
-    typer.echo(story.write_page(find(run, runs)))
+    folder = find(run, runs)
+    left = (folder / PAGE).exists() and not (folder / PLAN).exists()
+    typer.echo(folder / PAGE if left else story.write_page(folder))
 
 
 def env() -> None:
