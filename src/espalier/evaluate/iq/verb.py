@@ -60,7 +60,7 @@ class IqRecipe(AskRecipe):
         return self
 
 
-@method(paper="arXiv 2309.03852", needs="a model folder or a URL", costs="the tokens of the items")
+@method(paper="arXiv 2309.03852", needs="a model folder or a URL", costs="the tokens of the items", status="proven")
 def evaluate_iq(recipe: IqRecipe, run: Run) -> Path:
     """Ask for rules, patterns and facts that only the prompt holds, with letters and words drawn anew for each item."""
     items = chosen_items(recipe)
