@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier import files
+from espalier.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,14 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(values["subject"], [Row(**row) for row in values["rows"]], values["context"])
+        """`RunError` for a file that holds something else."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(values["subject"], [Row(**row) for row in values["rows"]], values["context"])
+        except (ValueError, KeyError, TypeError):
+            raise RunError(
+                str(path), found="no report", expected="rows of results", mend="Restore the file, or name another run."
+            ) from None
 
 
 def compare(old: Report, new: Report) -> list[Difference]:

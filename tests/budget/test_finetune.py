@@ -22,6 +22,7 @@ from espalier.errors import BudgetError, ModelError, RecipeError
 from espalier.model.build import build
 from espalier.model.mup import Parametrization
 from espalier.recipe import parse
+from espalier.report import Report
 from espalier.run import RESULTS, read_json
 from espalier.spec import DENSE, MIXTURES, ModelSpec
 from espalier.train.device import Device
@@ -260,8 +261,8 @@ def test_the_verb_writes_what_it_tells(make_run, tmp_path):
     build(small(), Parametrization(kind="standard"), seed=0).save_pretrained(folder)
     run = make_run()
     made = module.finetune(recipe_of(model=folder), run)
-    kept = read_json(run.folder / RESULTS, None)
-    assert kept["need"]["total"] == made.need.total and kept["cost"]["flops"] == made.cost.flops
+    kept = Report.load(run.folder / RESULTS)
+    assert kept.value("fine-tuning", "memory") == made.need.total and kept.context["cost"]["flops"] == made.cost.flops
     assert f"{module.adapter_parameters(small(), recipe_of()):,}"[:3] in str(made)
 
 

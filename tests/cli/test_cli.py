@@ -8,10 +8,11 @@ import pytest
 
 from espalier import __version__, recipe
 from espalier.cli.app import run_app
+from espalier.errors import RunError
 from espalier.method import VERBS, cards, default, find
 from espalier.pipeline import PretrainRecipe
 from espalier.report import Report, Row
-from espalier.run import PAGE, RECIPE, RESULTS
+from espalier.run import PAGE, RECIPE, RESULTS, STATE
 
 METHODS = sorted(card.full_name for card in cards())
 
@@ -170,10 +171,15 @@ def test_what_a_method_found_is_shown_and_its_page_is_left_as_it_is(cli, tmp_pat
     folder.mkdir(parents=True)
     (folder / RECIPE).write_text("model: m\n")
     (folder / PAGE).write_text("a method's own")
+    (folder / STATE).write_text('{"status": "finished"}')
+    assert cli("show", "asked") == (0, "runs/asked\nruns/asked/report.html\n", "")
     Report("m", [Row("sums", "acc", 0.5, stderr=0.1, n=25)]).save(folder / RESULTS)
     assert cli("show", "asked") == (0, "sums  acc  0.5 ± 0.1\nruns/asked/report.html\n", "")
     assert cli("report", "asked") == (0, "runs/asked/report.html\n", "")
     assert (folder / PAGE).read_text() == "a method's own"
+    (folder / RESULTS).write_text('{"need": 1}')
+    code, _, err = cli("show", "asked")
+    assert code == RunError.exit_code and "no report" in err
 
 
 def test_a_run_that_has_no_state_yet_is_listed_as_unfinished(cli, tmp_path):

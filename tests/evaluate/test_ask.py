@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import dataclass
 
 import pytest
 
 from espalier.errors import BudgetError, RunError
 from espalier.evaluate.ask import AskRecipe, ask, items_needed
-from espalier.evaluate.items import SAMPLES, Item, read_outcomes
-from espalier.ledger import Cap
+from espalier.evaluate.items import SAMPLES, Item, Outcome, read_outcomes
+from espalier.infer.engine import Generate
+from espalier.ledger import Cap, Cost
 
 
 def sums(n: int) -> list[Item]:
@@ -154,3 +156,58 @@ def test_fewer_items_than_precision_needs_are_all_asked(scripted, make_run):
 
 def test_the_first_items_say_how_many_more_are_needed():
     assert items_needed([], 0.05) == 50
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What has scores of its own, by its number."""
+
+    number: int
+    scores: dict[str, float]
+    task: str = "graded"
+
+    @property
+    def id(self) -> str:
+        return str(self.number)
+
+    def requests(self, scoring: str) -> list[Generate]:
+        return [Generate("x" * (1 + self.number % 50))]
+
+    def judge(self, answers) -> Outcome:
+        return Outcome(self.task, self.id, self.scores, "", "", 0.0, answers[0].prompt_tokens, 1)
+
+
+def test_scores_beyond_one_are_asked_until_they_are_sure_too(scripted, make_run):
+    draw = random.Random(0)
+    graded = [Graded(number, {"rouge": draw.uniform(0, 100)}) for number in range(9000)]
+    [row] = ask({"graded": graded}, recipe(stderr=0.5), make_run(), scripted()).rows
+    assert 0.4 < row.stderr <= 0.5
+
+
+def test_documents_may_have_metrics_of_their_own(scripted, make_run):
+    graded = [Graded(number, {"f1": 0.5} if number % 3 else {"em": 1.0}) for number in range(90)]
+    rows = ask({"graded": graded}, recipe(), make_run(), scripted()).rows
+    assert {(row.metric, row.n, row.value) for row in rows} == {("f1", 60, 0.5), ("em", 30, 1.0)}
+
+
+def test_an_item_that_comes_twice_is_asked_and_counted_once(scripted, make_run):
+    engine = scripted(add)
+    [row] = ask({"sums": sums(40) + sums(40)}, recipe(), make_run(), engine).rows
+    assert row.n == len(engine.asked) == 40
+
+
+def test_what_a_budget_leaves_is_a_fair_sample_whatever_order_an_engine_answers_in(scripted, make_run):
+    engine = scripted()
+    longest_first, cost = engine.answers, Cost(usd=0.01)
+
+    def answers(requests):
+        order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt))
+        for place, answer in longest_first([requests[number] for number in reversed(order)]):
+            yield order[len(order) - 1 - place], answer
+
+    engine.answers, engine.estimate = answers, lambda requests: cost
+    run = make_run()
+    graded = [Graded(number, {"acc": 1.0}) for number in range(600)]
+    ask({"graded": graded}, recipe(budget={"usd": 3.2}), run, engine)
+    lengths = [outcome.prompt_tokens for outcome in read_outcomes(run.folder / SAMPLES)]
+    assert 300 <= len(lengths) <= 320 and 22 < sum(lengths) / len(lengths) < 29, "25.5 on average of all"

@@ -145,6 +145,21 @@ def test_runs_without_an_item_in_common_are_refused(evaluated, compared):
         compared(evaluated("these", 0.5), evaluated("those", 0.5, first=200))
 
 
+def test_means_over_different_tasks_are_not_compared(evaluated):
+    one, other = (Evaluation.read(evaluated(name, 0.5, tasks=(name,))) for name in ("copy", "sums"))
+    for each in (one, other):
+        each.report.add("all", "score", 0.5, stderr=0.01, n=N)
+    with pytest.raises(RunError, match="no item"):
+        compare({"one": one, "other": other}, "one")
+
+
+def test_a_task_of_one_item_leaves_the_overall_difference_without_an_interval(evaluated):
+    folders = [evaluated(name, skill, n=1) for name, skill in (("none", 0.0), ("all", 1.0))]
+    found, _ = compare({folder.name: Evaluation.read(folder) for folder in folders}, "none")
+    [overall] = [each for each in found if each.task == OVERALL]
+    assert (overall.change, overall.low, overall.sure) == (1.0, None, False)
+
+
 @pytest.mark.parametrize("broken", ["missing", "unfinished"])
 def test_what_is_no_finished_evaluation_is_refused(evaluated, compared, tmp_path, broken):
     one, other = evaluated("one", 0.5), tmp_path / "missing"

@@ -13,6 +13,7 @@ from espalier import files
 from espalier.evaluate import page
 from espalier.evaluate.compare import compare
 from espalier.evaluate.evaluation import Evaluation
+from espalier.evaluate.intervals import Interval
 from espalier.evaluate.items import Outcome
 from espalier.ledger import Cost
 from espalier.report import Report
@@ -98,6 +99,30 @@ def test_a_score_that_is_all_or_nothing_is_not_told_without_doubt(folder):
         one.report.add("group", "score", share, stderr=0.0, n=80)
         for sure in (one.overall_interval, *map(one.interval, one.report.rows)):
             assert sure.value == share and share in sure and 0.01 < sure.high - sure.low < 0.2
+
+
+def test_tasks_that_went_one_way_each_are_not_told_without_doubt_together(folder):
+    one, other = (evaluation(folder, "m", skill, TASKS[:1]) for skill in (0.0, 1.0))
+    outcomes = (*one.outcomes, *(replace(each, task=TASKS[1], id=f"b{each.id}") for each in other.outcomes))
+    report = Report("m", [*one.report.rows, replace(other.report.rows[0], task=TASKS[1])], one.report.context)
+    sure = replace(one, report=report, outcomes=outcomes).overall_interval
+    assert sure.value == 0.5 and sure.low < 0.48 and sure.high > 0.52
+
+
+def test_what_another_model_was_asked_is_not_part_of_the_score(folder):
+    told = {"after": {"tasks": {TASKS[1]: {}}}}
+    both = evaluation(folder, "m", 0.5, TASKS[:2], **told)
+    assert both.overall == evaluation(folder, "m", 0.5, TASKS[:1]).overall
+
+
+def test_figures_that_are_no_shares_and_no_numbers_are_told_as_they_are(folder):
+    each = evaluation(folder, "m", 0.5, TASKS[:1])
+    each.report.add(TASKS[0], "perplexity", math.inf, n=40)
+    outcomes = tuple(replace(one, tags={"depth": "deep", "length": "long"}) for one in each.outcomes)
+    assert "inf" in page.render(folder, {"m": replace(each, outcomes=outcomes)}, "m")
+    assert page.between("mcc", Interval(-0.1, -0.25, 0.05)) == "-25.0 – 5.0%"
+    graded = tuple(replace(one, scores={"exact_match": 700.0}) for one in each.outcomes)
+    assert replace(each, outcomes=graded).overall is None
 
 
 def test_wrong_answers_are_shown_from_as_many_tasks_as_there_is_room_for(folder):

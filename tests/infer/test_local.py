@@ -428,3 +428,23 @@ def test_answers_are_those_of_lm_evals_own_backend(name, engine, folder, referen
     for answer, text in zip(answers[-len(texts) :], texts, strict=True):
         wanted = {"until": list(text.stop), "max_gen_toks": text.max_new_tokens, "do_sample": False}
         assert [answer.text] == theirs.generate_until([Instance("", {}, (text.prompt, wanted), 0)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("count", range(8, 13))
+def test_guesses_of_a_text_do_no_harm_to_one_that_ends_with_the_context(count, engine):
+    asked = engine("gpt2")
+    with torch.no_grad():
+        asked.passes.model.lm_head.weight.zero_()
+    asked.writer.ends = frozenset()
+    answers = answer_all(asked, [Generate("a cat; " * 40, count), Generate("the cat", 40)])
+    assert [answer.tokens for answer in answers] == [(0,) * count, (0,) * 40]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_plain_model_is_read_as_trees_whatever_its_dtype(dtype, engine):
+    assert engine("llama", dtype=dtype).passes.reads_trees
+
+
+def test_a_text_that_is_no_unicode_is_refused(engine):
+    with pytest.raises(DataError, match="valid Unicode"):
+        answer_all(engine("gpt2"), [Generate("a \ud83d cat", 4)])

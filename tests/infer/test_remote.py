@@ -118,11 +118,24 @@ def test_what_is_written_scores_as_it_was_written(serve, connect):
         assert (one.tokens, one.logprobs, one.greedy) == (other.tokens, other.logprobs, other.greedy)
 
 
-@pytest.mark.parametrize("api", ["completions", "chat"])
-@pytest.mark.parametrize("refuses", [(), ("logprobs",), ("max_tokens",)], ids=str)
+def test_scores_of_one_text_after_different_prompts_are_different_requests(serve, connect):
+    requests = [Score("a tree", " on a frame"), Score("a tree on", " a frame")]
+    require_all_right(requests, answer_all(connect(serve()), requests))
+
+
+@pytest.mark.parametrize(
+    ("api", "refuses"),
+    # Only chat has another name for max_tokens.
+    [
+        ("completions", ()),
+        ("completions", ("logprobs",)),
+        ("chat", ()),
+        ("chat", ("logprobs",)),
+        ("chat", ("max_tokens",)),
+    ],
+    ids=str,
+)
 def test_text_is_written_with_or_without_probabilities(serve, connect, api, refuses):
-    if (api, refuses) == ("completions", ("max_tokens",)):
-        return  # only chat has another name for it
     requests = [
         *WRITTEN,
         Generate(PROMPTS[0], 30, stop=("frame", " is")),

@@ -24,6 +24,7 @@ from espalier.folder import ModelFolder
 from espalier.ledger import Cost
 from espalier.method import method
 from espalier.recipe import Recipe
+from espalier.report import Report
 from espalier.run import RESULTS, Run
 from espalier.spec import ModelSpec
 
@@ -149,7 +150,10 @@ def finetune(recipe: FinetuneRecipe, run: Run) -> Estimate:
     folder = ModelFolder.open(recipe.model)
     data = _dataset(recipe)
     made = estimate(folder.spec, recipe, data, files.home())
-    files.write_json(run.folder / RESULTS, asdict(made) | {"need": asdict(made.need) | {"total": made.need.total}})
+    report = Report(str(recipe.model), context=asdict(made))
+    report.add("fine-tuning", "memory", made.need.total, note="bytes")
+    report.add("fine-tuning", "flops", made.cost.flops)
+    report.save(run.folder / RESULTS)
     return made
 
 

@@ -53,10 +53,12 @@ def show(run: Name, runs: Runs = Path("runs")) -> None:
     from espalier import story
 
     folder = find(run, runs)
-    if (folder / RESULTS).exists() and not (folder / PLAN).exists():
+    if (folder / PLAN).exists() or read_json(folder / STATE, {}).get("status") != "finished":
+        story.tell(folder)
+    elif (folder / RESULTS).exists():
         typer.echo(Report.load(folder / RESULTS))
     else:
-        story.tell(folder)
+        typer.echo(folder)
     for path in (folder / FINAL, folder / PAGE):
         if path.exists():
             typer.echo(path)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import random
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,8 +29,9 @@ from espalier.ledger import Cost
 from espalier.report import Report
 from espalier.run import Run
 
-# Items of a task before its standard error says how many more are needed.
-FIRST_ROUND = 50
+# Items of a task before its standard error says how many more are needed. Where a budget may end the asking no round
+# has more: an engine answers in an order of its own, so only whole rounds are a fair sample.
+ROUND = 50
 # Seconds between two entries in the ledger: a process that is killed has spent no more than these unseen.
 ENTERED_EVERY = 5.0
 
@@ -104,7 +106,8 @@ class _Asked:
         """Ask what is left: all at once, or by rounds until every task is as sure as the recipe wants."""
         while batch := [item for task in self.items for item in self._round(task)]:
             if not self._ask(batch):
-                self.run.tell("The budget is spent: the rest of the items isn't asked.")
+                if any(self._round(task) for task in self.items):
+                    self.run.tell("The budget is spent: the rest of the items isn't asked.")
                 return
 
     def _left(self, items: Sequence[Askable]) -> list[Askable]:
@@ -114,9 +117,10 @@ class _Asked:
         """The next items of a task; none when it is sure enough or has no more."""
         left = self._left(self.items[task])
         done = [outcome for outcome in self.outcomes.values() if outcome.task == task]
-        if self.recipe.stderr is None or not left or (done and not done[0].scores):
-            return left
-        return left[: max(items_needed(done, self.recipe.stderr) - len(done), 0)]
+        wanted = len(left)
+        if self.recipe.stderr is not None and not (done and not done[0].scores):
+            wanted = max(items_needed(done, self.recipe.stderr) - len(done), 0)
+        return left[: min(wanted, ROUND) if self.run.ledger.cap.stated() else wanted]
 
     def _ask(self, items: Sequence[Askable]) -> bool:
         """Ask these items; whether the budget lasted."""
@@ -165,22 +169,30 @@ class _Asked:
 def items_needed(outcomes: Sequence[Outcome], wanted: float) -> int:
     """How many items a task needs for the standard error that is wanted, by those that were answered.
 
-    A share that is 0 or 1 so far is taken as if one more item had gone the other way.
+    Scores that are all alike so far are taken as if one more had been 1 away.
     """
     n = len(outcomes)
-    if n < FIRST_ROUND:
-        return FIRST_ROUND
+    if n < ROUND:
+        return ROUND
     most = 0.0
-    for metric in outcomes[0].scores:
-        mean = sum(outcome.scores[metric] for outcome in outcomes) / n
-        mean = min(max(mean, 1 / (n + 1)), n / (n + 1))
-        most = max(most, mean * (1 - mean))
+    for scores in by_metric(outcomes).values():
+        spread = statistics.pvariance(scores)
+        most = max(most, spread or n / (n + 1) ** 2)
     return math.ceil(most / wanted**2) + 1
 
 
+def by_metric(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    """The scores of each metric; a task may have some that not every document has."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for outcome in outcomes:
+        for metric, score in outcome.scores.items():
+            found[metric].append(score)
+    return dict(found)
+
+
 def _drawn(items: Sequence[Askable], recipe: AskRecipe) -> list[Askable]:
-    """As many items as the limit says, in an order that the seed draws: any beginning of it is a fair sample."""
-    drawn = list(items)
+    """As many items as the limit says, each once, in an order that the seed draws."""
+    drawn = list({item.id: item for item in items}.values())
     random.Random(recipe.seed).shuffle(drawn)
     return drawn[: recipe.limit]
 
@@ -207,7 +219,6 @@ def _report(
             "of": len(each),
             "chance": sum(outcome.chance for outcome in done) / max(len(done), 1),
         }
-        for metric in done[0].scores if done else ():
-            scores = [outcome.scores[metric] for outcome in done]
+        for metric, scores in by_metric(done).items():
             report.add(task, metric, sum(scores) / len(scores), stderr=stderr(scores), n=len(scores))
     return report

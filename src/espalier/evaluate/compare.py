@@ -184,12 +184,14 @@ def _paired(name: str, before: Evaluation, after: Evaluation, seed: int, draws: 
         means = sum(first) / len(both), sum(second) / len(both)
         found = Difference(name, row.task, row.metric, *means, sure.low, sure.high, len(both), sign_test(differences))
         each.append(found)
-        if after.main_metrics[row.task] == row.metric and not found.lower_is_better:
+        if after.main_metrics[row.task] == row.metric and row.task in after.shares():
             main.append(differences)
             figures.append(means)
     if len(main) > 1:
         sure = mean_of_means(main, seed=seed, draws=draws)
-        yield Difference(name, OVERALL, "score", *mean_pair(figures), sure.low, sure.high, sum(map(len, main)))
+        # A task of one item says nothing of how much it varies.
+        low, high = (sure.low, sure.high) if min(map(len, main)) > 1 else (None, None)
+        yield Difference(name, OVERALL, "score", *mean_pair(figures), low, high, sum(map(len, main)))
     yield from each
 
 
@@ -200,11 +202,12 @@ def _unpaired(name: str, before: Evaluation, after: Evaluation, paired: set[tupl
     """
     if before.report.context.get("data") != after.report.context.get("data"):
         return
+    same = {each.id for each in before.outcomes} == {each.id for each in after.outcomes}
     rows = [{(row.task, row.metric): row for row in each.report.rows} for each in (before, after)]
     for row in compare_rows(before.report, after.report):
         key = row.task, row.metric
         answered = row.task in before.main_metrics and row.task in after.main_metrics
-        if key in paired or (answered and row.metric != "bpb"):
+        if key in paired or (row.metric != "bpb" and (answered or not same)):
             continue
         sure = [each.interval(by_key[key]) for each, by_key in zip((before, after), rows, strict=True)]
         halves = [(each.high - each.low) / 2 for each in sure if each]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from espalier import files
 from espalier.errors import RunError
-from espalier.evaluate.intervals import Interval, binomial, mean_of_means, stderr
+from espalier.evaluate.intervals import Interval, binomial, stderr
 from espalier.evaluate.items import SAMPLES, Outcome, read_outcomes
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cost, Ledger
@@ -52,7 +54,7 @@ class Evaluation:
             Report.load(folder / RESULTS),
             tuple(read_outcomes(samples)) if samples.exists() else (),
             Ledger(folder / LEDGER).total,
-            (folder / RECIPE).read_text(encoding="utf-8"),
+            files.read_text(folder / RECIPE, expected="a run folder's recipe", mend="Name another folder."),
         )
 
     @property
@@ -89,8 +91,14 @@ class Evaluation:
         return {
             task: (self.report.value(task, metric), self.chance(task))
             for task, metric in self.main_metrics.items()
-            if metric not in LOWER_IS_BETTER
+            if self._is_share(task, metric)
         }
+
+    def _is_share(self, task: str, metric: str) -> bool:
+        higher = (
+            self.report.context.get("higher_is_better", {}).get(task, {}).get(metric, metric not in LOWER_IS_BETTER)
+        )
+        return higher is not False and all(0 <= score <= 1 for score in self.scores(task, metric).values())
 
     def groups(self) -> dict[str, tuple[float, float]]:
         """(score, chance) of each group that the results name, its tasks counting alike."""
@@ -104,17 +112,33 @@ class Evaluation:
     @property
     def overall(self) -> tuple[float, float] | None:
         """(score, chance), every task counting alike; None where no task has a share."""
-        shares = list(self.shares().values())
-        return mean_pair(shares) if shares else None
+        shares = self.shares()
+        return mean_pair([shares[task] for task in self._own]) if self._own else None
 
-    @cached_property
+    @property
     def overall_interval(self) -> Interval | None:
-        """Of the overall score, by drawing each task's items anew."""
-        scores = [list(self.scores(task, self.main_metrics[task]).values()) for task in self.shares()]
-        if not scores:
+        """Of the overall score."""
+        return self._together(self._own)
+
+    @property
+    def _own(self) -> list[str]:
+        """The tasks whose scores are shares, but for those that another model was asked (evaluate.test_taking)."""
+        others = self.report.context.get("after", {}).get("tasks", {})
+        return [task for task in self.shares() if task not in others]
+
+    def _together(self, tasks: Sequence[str]) -> Interval | None:
+        """Of the mean over tasks: independent, so what each lies away from its ends adds up in squares."""
+        known = [sure for task in tasks if (sure := self.interval(self.row(task)))]
+        if not known or len(known) < len(tasks):
             return None
-        sure, n = mean_of_means(scores), sum(map(len, scores))
-        return binomial(sure.value * n, n) if sure.value in (0, 1) else sure
+        value = sum(each.value for each in known) / len(known)
+        ends = zip(*((each.value - each.low, each.high - each.value) for each in known), strict=True)
+        low, high = (math.hypot(*side) / len(known) for side in ends)
+        return Interval(value, value - low, value + high)
+
+    def row(self, task: str) -> Row:
+        """Of a task's main metric."""
+        return next(row for row in self.report.rows if (row.task, row.metric) == (task, self.main_metrics[task]))
 
     @property
     def points(self) -> float:
@@ -123,7 +147,12 @@ class Evaluation:
         return 100 * (score - chance)
 
     def interval(self, row: Row) -> Interval | None:
-        """Of a row: Wilson's where each item is right or wrong, else by its standard error, if there is one."""
+        """Of a row: Wilson's where each item is right or wrong, else by its standard error, if there is one.
+
+        A group's is made of its tasks'.
+        """
+        if row.metric == "score" and (tasks := self.report.context.get("groups", {}).get(row.task)):
+            return self._together([task for task in tasks if task in self.main_metrics])
         scores = list(self.scores(row.task, row.metric).values())
         if scores and all(score in (0, 1) for score in scores):
             return binomial(sum(scores), len(scores))

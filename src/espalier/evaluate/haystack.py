@@ -119,7 +119,7 @@ LANGUAGES = {
         number=" {number}",
         intro="Quelque part dans ce texte se trouve un nombre secret. Retiens-le.",
         places=(
-            "Oslo",
+            "Lyon",
             "Lima",
             "Nantes",
             "Kyoto",
@@ -160,7 +160,7 @@ LANGUAGES = {
         needle="{place}的秘密数字是{number}。",
         question="{place}的秘密数字是",
         number="{number}",
-        intro="这段文字里藏着一个秘密数字,请记住它。",
+        intro="这段文字里藏着一个秘密数字，请记住它。",
         places=("奥斯陆", "利马", "开罗", "京都", "珀斯", "基多", "里加", "达喀尔", "都灵", "波士顿", "德里", "波尔图"),
         hay=(
             ("年老的园丁", "安静的邻居", "我的表弟", "傍晚的火车", "街角的面包师"),
@@ -176,7 +176,7 @@ def sentences_of(path: Path) -> list[str]:
     """The sentences of a text file: what a full stop and the like, or a line, ends."""
     mend = "Name another file, or leave text out to have hay made."
     text = files.read_text(path, expected="a text file", mend=mend)
-    found = [part.strip() for part in re.split(r"(?<=[.!?])\s+|(?<=[。!?])|\n+", text)]
+    found = [part.strip() for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text)]
     sentences = [part for part in found if part]
     if not sentences:
         raise DataError(str(path), found="no text", expected="hay", mend="Name another file.")

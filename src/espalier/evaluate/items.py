@@ -109,7 +109,7 @@ class Item:
 class Outcome:
     """How a model did on an item.
 
-    scores    by metric, 0 to 1
+    scores    by metric; 0 to 1, but for losses and what lm-eval may have
     said      what it wrote, or chose
     logprobs  of the options, in nats; none where the answer was written
     """

@@ -56,7 +56,7 @@ def evaluate_needle(recipe: NeedleRecipe, run: Run) -> Path:
             "languages",
             found=", ".join(sorted(unknown)),
             expected=f"some of {', '.join(LANGUAGES)}",
-            mend="Leave the others out, or give your own text=FILE.",
+            mend="Leave the others out.",
         )
     engine = open_engine(recipe, run)
     try:

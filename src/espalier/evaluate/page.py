@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 RADAR_AXES = range(3, 25)
 # What the reader may set a score against as a model grows: resource, text of the button, title of the axis.
 SPENT = (("flops", "FLOPs", "FLOPs so far"), ("tokens", "Tokens", "Training tokens"), ("usd", "Money", "Money spent"))
+NUMBER = r"\d+(\.\d+)?"
 MOST_WRONG = 12
 MOST_VALUES = 24  # of a tag that scores are split by
 LONGEST_TEXT = 160
@@ -85,6 +87,8 @@ def render(
 
 def text_of(metric: str, value: float) -> str:
     """A figure as people read it: shares in percent."""
+    if not math.isfinite(value):
+        return str(value)
     share = metric not in LOWER_IS_BETTER and -1 <= value <= 1
     return f"{100 * value:.1f}%" if share else units.significant(value, 4)
 
@@ -93,8 +97,9 @@ def between(metric: str, interval: Interval | None) -> str:
     """A 95% interval; nothing where there is none."""
     if interval is None:
         return ""
-    low, high = (text_of(metric, end) for end in (interval.low, interval.high))
-    return f"{low.removesuffix('%') if high.endswith('%') else low} – {high}"
+    if metric not in LOWER_IS_BETTER and -1 <= interval.value <= 1:
+        return f"{100 * interval.low:.1f} – {100 * interval.high:.1f}%"
+    return f"{text_of(metric, interval.low)} – {text_of(metric, interval.high)}"
 
 
 def _view(folder: Path, evaluations: Mapping[str, Evaluation], title: str, notes: Sequence[str]) -> View:
@@ -197,13 +202,8 @@ def _named_once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ends(each: Evaluation, task: str, score: float) -> dict[str, float]:
-    sure = each.interval(_row(each, task)) or Interval(score, score, score)
+    sure = each.interval(each.row(task)) or Interval(score, score, score)
     return {"low": sure.low, "high": sure.high}
-
-
-def _row(each: Evaluation, task: str) -> Row:
-    """Of a task's main metric."""
-    return next(row for row in each.report.rows if (row.task, row.metric) == (task, each.main_metrics[task]))
 
 
 def _told_score(name: str, each: Evaluation, axis: str, score: float, chance: float) -> list[str]:
@@ -211,7 +211,7 @@ def _told_score(name: str, each: Evaluation, axis: str, score: float, chance: fl
     lines = [f"{name}: {text_of('score', score)}", axis, f"chance {text_of('score', chance)}"]
     if axis not in each.main_metrics:
         return lines
-    row = _row(each, axis)
+    row = each.row(axis)
     sure = each.interval(row)
     return lines + ([f"95%: {between(row.metric, sure)}"] if sure else []) + ([f"{row.n:,} items"] if row.n else [])
 
@@ -302,8 +302,7 @@ def _growth(evaluations: Mapping[str, Evaluation], spent: Mapping[str, Cost]) ->
     lines: list[tuple[str, list[tuple[float, Interval | None]]]]
     if tasks:
         lines = [
-            (task, [(each.shares()[task][0], each.interval(_row(each, task))) for _, each, _ in stages])
-            for task in tasks
+            (task, [(each.shares()[task][0], each.interval(each.row(task))) for _, each, _ in stages]) for task in tasks
         ]
         if len(tasks) > 1:
             overall = [each.overall_interval for _, each, _ in stages]
@@ -390,17 +389,17 @@ def _right(outcome: Outcome) -> float:
 
 def _heat(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     """Scores by depth and length, of items that have both: a needle's place in how much hay."""
-    cells: dict[tuple[float, int], list[float]] = defaultdict(list)
+    cells: dict[tuple[float, float], list[float]] = defaultdict(list)
     for outcome in outcomes:
-        if {"depth", "length"} <= outcome.tags.keys():
-            cells[float(outcome.tags["depth"]), int(outcome.tags["length"])].append(_right(outcome))
+        if all(re.fullmatch(NUMBER, outcome.tags.get(tag, "")) for tag in ("depth", "length")):
+            cells[float(outcome.tags["depth"]), float(outcome.tags["length"])].append(_right(outcome))
     if not cells:
         return None
     depths, lengths = (sorted({key[place] for key in cells}) for place in (0, 1))
     return {
         "lengths": [units.count(length) for length in lengths],
         "rows": [
-            {"depth": f"{depth:.0%}", "cells": [_cell(cells.get((depth, int(length)))) for length in lengths]}
+            {"depth": f"{depth:.0%}", "cells": [_cell(cells.get((depth, length))) for length in lengths]}
             for depth in depths
         ],
     }
@@ -435,7 +434,7 @@ def _tags(evaluations: Mapping[str, Evaluation]) -> dict[str, list[dict[str, Any
 
 def _numeric(text: str) -> tuple[float, str]:
     """Numbers in their order, before words in theirs."""
-    return (float(text), "") if re.fullmatch(r"\d+(\.\d+)?", text) else (float("inf"), text)
+    return (float(text), "") if re.fullmatch(NUMBER, text) else (float("inf"), text)
 
 
 def _share_cell(scores: list[float] | None) -> dict[str, str] | None:

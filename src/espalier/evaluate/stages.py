@@ -49,7 +49,9 @@ def evaluate_stages(recipe: StageByStageRecipe, run: Run) -> Path:
                 card.load()(resolved, stage)
                 stage.finish("finished")
                 cost = stage.ledger.total
-                run.charge("evaluate", flops=cost.flops, usd=cost.usd, stage=number)
+                run.price(stage.rates)
+                billed = max(cost.usd - stage.rates.cost(cost.seconds).usd, 0.0)
+                run.charge("evaluate", flops=cost.flops, usd=billed, stage=number)
         evaluations[name] = Evaluation.read(run.folder / name)
         spent[name] = Cost(**(ModelFolder(model).made or {})["cost"])
     report = Report(str(recipe.run), context={"stages": {name: vars(cost) for name, cost in spent.items()}})

@@ -26,9 +26,10 @@ from lm_eval.utils import handle_non_serializable
 from espalier import files
 from espalier.errors import DataError, RecipeError, UserError
 from espalier.evaluate import lm_tasks
+from espalier.evaluate.asked import read_tasks
 from espalier.evaluate.harness import Harness, requests, response
-from espalier.evaluate.items import Outcome, Scoring, best, read_items
-from espalier.evaluate.lm_tasks.adapter import items_configs
+from espalier.evaluate.items import Outcome, Scoring, best
+from espalier.evaluate.lm_tasks.adapter import items_config
 from espalier.infer.engine import Answer, Request
 from espalier.run import log
 
@@ -64,16 +65,17 @@ class Document:
         with guarded(self.task):
             scores = self._scores(answers)
         options = answers[: len(self._options)]
+        logprobs = tuple(answer.logprob for answer in options)
         return Outcome(
             task=self.task,
             id=self.id,
             scores=scores,
-            said=(options[best([answer.logprob for answer in options])] if options else answers[0]).text,
-            gold=self._gold([answer.text for answer in options]),
+            said=self._said(best(logprobs), options) if options else answers[0].text,
+            gold=self._gold(options),
             chance=1 / len(options) if options else 0.0,
             prompt_tokens=answers[0].prompt_tokens,
             completion_tokens=sum(answer.completion_tokens for answer in answers),
-            logprobs=tuple(answer.logprob for answer in options),
+            logprobs=logprobs,
         )
 
     def _scores(self, answers: Sequence[Answer]) -> dict[str, float]:
@@ -96,9 +98,15 @@ class Document:
     def _options(self) -> Sequence[str]:
         return self.of.doc_to_choice(self.instances[0].doc) if self.of.OUTPUT_TYPE == "multiple_choice" else ()
 
-    def _gold(self, options: Sequence[str]) -> str:
+    def _gold(self, options: Sequence[Answer]) -> str:
         target = self.of.doc_to_target(self.instances[0].doc)
-        return options[target] if isinstance(target, int) and 0 <= target < len(options) else str(target)
+        if self.of.multiple_input:  # the beginnings are the options, of which the text says the right one
+            target = self.of.doc_to_text(self.instances[0].doc)
+        return self._said(target, options) if isinstance(target, int) and 0 <= target < len(options) else str(target)
+
+    def _said(self, place: int, options: Sequence[Answer]) -> str:
+        """An option: what was scored of it, or its beginning where all go on alike."""
+        return str(self._options[place]) if self.of.multiple_input else options[place].text
 
     def _is_mean(self, metric: str) -> bool:
         return self.of.aggregation().get(metric, mean) is mean
@@ -197,7 +205,8 @@ def _found(names: Sequence[str], include_path: Sequence[Path]) -> tuple[TaskMana
     specs: list[str | dict[str, Any]] = []
     for name in names:
         if name.startswith(ITEMS):
-            specs += items_configs(read_items(Path(name.removeprefix(ITEMS))))
+            tasks = read_tasks(Path(name.removeprefix(ITEMS)))
+            specs += [items_config(task, items) for task, items in tasks.items()]
         elif name in listed:
             specs += manager.match_tasks([name]) or _unknown(name, manager)
         else:

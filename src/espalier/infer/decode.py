@@ -244,11 +244,14 @@ class Writer:
         ids = torch.tensor([read + [0] * (width - len(read)) for read in tokens], device=device)
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         seen = max(starts) + width
-        mask = self.passes.mask(torch.arange(seen, device=device) <= positions[:, :, None])
+        mask = None  # from their beginnings on, texts need none
+        if any(starts):
+            mask = self.passes.mask(torch.arange(seen, device=device) <= positions[:, :, None])
+        last = min(self.passes.positions, self.passes.tree_tokens) - 1
         return self.passes(
             ids,
             torch.tensor(wanted, device=device),
-            position_ids=positions.clamp(max=self.passes.positions - 1),  # padding may lie beyond them
+            position_ids=positions.clamp(max=last),  # padding may lie beyond it
             attention_mask=mask,
             past_key_values=cache.at(rows, positions, seen),
         )
@@ -278,7 +281,7 @@ class Writer:
         if not text.stops:
             return False
         tail = max(len(stop.encode()) for stop in text.stops) + 4
-        end = self._decode(text.tokens[max(text.prompt, len(text.tokens) - tail) :])
+        end = self.tokenizer.decode(text.tokens[max(text.prompt, len(text.tokens) - tail) :])  # a stop may be special
         return any(stop in end for stop in text.stops)
 
     def _alone(self, text: Text) -> None:

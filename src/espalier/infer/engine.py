@@ -10,6 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from espalier.errors import DataError
 from espalier.infer.recipe import EngineRecipe
 from espalier.ledger import Cost
 from espalier.run import Run
@@ -35,8 +36,8 @@ class Score:
     """Say how probable a continuation is after a prompt.
 
     Spaces that end the prompt count as the continuation's, both are tokenized together, and an empty prompt is one
-    end-of-text token, as in lm-eval: what is longer than the context loses its beginning, and where there is no
-    prompt it is scored in windows.
+    end-of-text token, as in lm-eval: in this process what is longer than the context loses its beginning, and where
+    there is no prompt it is scored in windows; a server refuses it.
     """
 
     prompt: str
@@ -51,7 +52,7 @@ class Answer:
     """What came of a request.
 
     text      what was written, or the continuation that was scored
-    tokens    its tokens: ids, or pieces of text where a server doesn't tell ids
+    tokens    its tokens: ids, or pieces of text where a server doesn't tell ids; ids of what ended it are among them
     logprobs  of each, in nats; none where a server doesn't tell them
     greedy    whether each was the most probable one
     cost      what it took besides time: FLOPs in this process, money at a server
@@ -114,6 +115,17 @@ def open_engine(recipe: EngineRecipe, run: Run) -> Engine:
     from espalier.infer.local import Local
 
     return Local.open(recipe, run)
+
+
+def require_unicode(text: str) -> str:
+    """The text; `DataError` for one that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            "prompt", found=f"{text[:60]!r}", expected="valid Unicode", mend="Repair the item, or leave it out."
+        ) from None
+    return text
 
 
 def answer_all(engine: Engine, requests: Sequence[Request]) -> list[Answer]:

@@ -21,7 +21,7 @@ from espalier.budget import hardware
 from espalier.errors import DataError, ModelError, RecipeError
 from espalier.folder import ModelFolder
 from espalier.infer.decode import Text, Writer, stem_length
-from espalier.infer.engine import Answer, Generate, Request, Score
+from espalier.infer.engine import Answer, Generate, Request, Score, require_unicode
 from espalier.infer.passes import Passes, Scored, Stem
 from espalier.infer.recipe import EngineRecipe, LocalRecipe
 from espalier.infer.trees import Group, Tree, Window, batches, windows
@@ -61,10 +61,11 @@ class Local:
         dtype = recipe.local.dtype
         model = build.load(folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
         passes = Passes(model.to("cuda" if torch.cuda.is_available() else "cpu"), folder)
-        if len(tokenizer) > passes.vocabulary:
+        ids = max(tokenizer.get_vocab().values()) + 1
+        if ids > passes.vocabulary:
             raise ModelError(
                 recipe.model,
-                found=f"a tokenizer of {len(tokenizer)} ids and an embedding of {passes.vocabulary} rows",
+                found=f"a tokenizer of {ids} ids and an embedding of {passes.vocabulary} rows",
                 expected="a row for every id",
                 mend="Use the tokenizer that the model was trained with.",
             )
@@ -72,10 +73,10 @@ class Local:
 
     def answers(self, requests: Sequence[Request]) -> Generator[tuple[int, Answer], None, None]:
         """(index of the request, answer): first the scores, then what is written, as it is done."""
-        texts = self._texts(requests)  # refuses what can't be written before anything is spent
+        texts = self._texts(requests)
+        slots, length = self.writer.slots(texts) if texts else (0, 0)  # what can't be written is refused before scoring
         yield from self._scores(requests)
         if texts:
-            slots, length = self.writer.slots(texts)
             held = units.si(slots * length * self.passes.token_bytes, "B")
             self.run.tell(f"{len(texts):,} texts to write, {slots} at a time, {held} of keys and values.")
             yield from self.writer.write(texts)
@@ -118,7 +119,9 @@ class Local:
             ) from None
 
     def close(self) -> None:
-        del self.passes, self.writer
+        """Let go of the model; twice does no harm."""
+        vars(self).pop("passes", None)
+        vars(self).pop("writer", None)
 
     # Scores.
 
@@ -218,6 +221,7 @@ class Local:
         found: dict[str, list[int]] = {}
         for add in (True, False):
             part = [text for text in dict.fromkeys(texts) if (special and not text.startswith(start)) == add]
+            part = list(map(require_unicode, part))
             if part:
                 found |= dict(zip(part, self.tokenizer(part, add_special_tokens=add).input_ids, strict=True))
         return found
@@ -226,9 +230,9 @@ class Local:
 
     def _seconds_per_flop(self) -> float:
         """Of reading, by a pass that takes about as long as a probe may."""
-        tokens, seconds = 16, 0.0
+        tokens, seconds = 0, 0.0
         while seconds < PROBE_SECONDS / 4 and tokens < min(self.batch_tokens, self.passes.positions):
-            tokens = min(4 * tokens, self.batch_tokens, self.passes.positions)
+            tokens = min(max(4 * tokens, 64), self.batch_tokens, self.passes.positions)
             ids = torch.zeros(1, tokens, dtype=torch.long, device=self.passes.device)
             seconds = self._timed(partial(self.passes, ids, ids[0, :1], use_cache=False))
         return seconds / self.passes.flops(tokens, tokens, 1)
@@ -279,8 +283,8 @@ def _tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     """The folder's own; `DataError` when it can't be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _no_tokenizer(folder, f"none that can be read ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # the library raises nothing narrower
+        raise _no_tokenizer(folder, f"none that can be read ({' '.join(str(error).split())[:200]})") from None
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         raise _no_tokenizer(folder, "none that says where texts end or begin")
     return tokenizer

@@ -122,8 +122,10 @@ class Passes:
         cache = stem.growing() if stem is not None else DynamicCache()
         ids = torch.tensor([tokens], device=self.device)
         positions = torch.arange(length, length + len(tokens), device=self.device)[None]
-        seen = np.tri(len(tokens), length + len(tokens), length, dtype=bool)
-        mask = self.mask(torch.from_numpy(seen)[None])
+        mask = None
+        if length:
+            seen = np.tri(len(tokens), length + len(tokens), length, dtype=bool)
+            mask = self.mask(torch.from_numpy(seen)[None])
         self(ids, positions.new_zeros(1), position_ids=positions, attention_mask=mask, past_key_values=cache)
         return Stem(cache)
 
@@ -185,11 +187,13 @@ class Passes:
             tree = Tree.of(sorted(found, key=lambda window: window.inputs), 6)
             together = self.score([tree], stem)
             self.token_bytes = stem.token_bytes
+            every = torch.arange(20, device=self.device)
+            largest = float(self(torch.tensor([draw], device=self.device), every, use_cache=False).abs().max())
         except Exception:  # whatever a model says that has no use for such a mask or cache
             return False
         one, other = ([value for score in scores for value in score.logprobs] for scores in (alone, together))
-        rough = 100 if self.model.dtype == torch.bfloat16 else 1
-        return bool(np.allclose(one, other, rtol=0, atol=rough * SAME))
+        rounding = 4 * torch.finfo(self.model.dtype).eps * largest
+        return bool(np.allclose(one, other, rtol=0, atol=max(SAME, rounding)))
 
 
 def likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,9 +211,15 @@ def _positions(model: PreTrainedModel) -> int:
 
 
 def _attention_window(model: PreTrainedModel) -> int:
-    """How many tokens a token sees where a model's layers see a window only; else more than any text has."""
+    """How many tokens a token sees where a model's layers see a window only; else more than any text has.
+
+    Where positions are told otherwise in passes that are longer, those that are not.
+    """
     config = model.config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        windows.append(rope.get("original_max_position_embeddings"))
     return min((window for window in windows if window), default=2**31)
 
 

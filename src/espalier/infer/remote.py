@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import difflib
 import email.utils
+import functools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from espalier.errors import BudgetError, DataError, RecipeError, RunError, UserE
 from espalier.infer import wire
 from espalier.infer.background import Background
 from espalier.infer.cache import Cache
-from espalier.infer.engine import Answer, Generate, Request, Score
+from espalier.infer.engine import Answer, Generate, Request, Score, require_unicode
 from espalier.infer.recipe import EngineRecipe
 from espalier.ledger import Cost, Entry
 from espalier.run import Run
@@ -45,7 +46,7 @@ FIRST_WAIT, LONGEST_WAIT, GREETING = 0.5, 8.0, 10.0
 # Tokens that a server's template may put around a prompt.
 TEMPLATE = 64
 # Part of every key: to be raised when the same reply becomes another answer.
-VERSION = 1
+VERSION = 2
 # What may go better the next time; 500 and above may too.
 AGAIN = (408, 409, 425, 429)
 # What may be taken if it is put differently.
@@ -53,11 +54,11 @@ DIFFERENTLY = (400, 422)
 
 
 class _Again(Exception):
-    """A try that failed and may be repeated, after so many seconds at least."""
+    """A try that failed and may be repeated, after so many seconds at least; what it was billed, where that is told."""
 
-    def __init__(self, what: str, wait: float = 0.0) -> None:
+    def __init__(self, what: str, wait: float = 0.0, usd: float = 0.0) -> None:
         super().__init__(what)
-        self.what, self.wait = what, wait
+        self.what, self.wait, self.usd = what, wait, usd
 
 
 @dataclass
@@ -143,7 +144,9 @@ class Remote:
 
     def count(self, text: str) -> int:
         """How many tokens a text has: exactly by `remote.tokenizer`, else a quarter of its bytes."""
-        return len(self._tokenizer.encode(text).ids) if self._tokenizer else math.ceil(_bytes(text) / 4)
+        return (
+            len(self._tokenizer.encode(require_unicode(text)).ids) if self._tokenizer else math.ceil(_bytes(text) / 4)
+        )
 
     def estimate(self, requests: Sequence[Request]) -> Cost:
         """The money that it costs at most, by `count`: nothing for what is known. No seconds: they are the server's."""
@@ -166,7 +169,7 @@ class Remote:
                     mend="Set remote.api=completions and remote.tokenizer=FOLDER, whose template writes it.",
                 )
             return "\n\n".join(message["content"] for message in messages)
-        writer = _template(self.recipe.tokenizer)
+        writer = self._writer
         if writer is None:
             raise RecipeError(
                 "remote.tokenizer",
@@ -185,6 +188,10 @@ class Remote:
             ) from None
         marked = writer("").input_ids == [writer.bos_token_id]  # by the server, of every text
         return text.removeprefix(writer.bos_token) if marked else text
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        return _template(self.recipe.tokenizer)
 
     def close(self) -> None:
         """End what is in flight, and say how much was known before. Once is enough, twice does no harm."""
@@ -225,7 +232,7 @@ class Remote:
 
     async def _ask(self, key: str, request: Request, purse: _Purse) -> Answer:
         """Try until it is answered; RunError when the deadline has passed, or would while waiting to try again."""
-        clock, failures, chance = asyncio.get_running_loop(), Counter[str](), random.Random(key)
+        clock, failures, chance, usd = asyncio.get_running_loop(), Counter[str](), random.Random(key), 0.0
         deadline = clock.time() + self.recipe.deadline_seconds
         while True:
             try:
@@ -239,9 +246,11 @@ class Remote:
                 failure = _Again(f"a broken connection ({type(error).__name__})")
             else:
                 purse.spent += answer.cost.usd
-                purse.untaken[key] = answer.cost.usd
+                purse.untaken[key] = usd + answer.cost.usd
                 self._cache.keep(key, answer)
-                return answer
+                return replace(answer, cost=Cost(usd=usd + answer.cost.usd))
+            usd += failure.usd
+            purse.spent, purse.untaken[key] = purse.spent + failure.usd, usd
             wait = max(failure.wait, _backoff(failures.total(), chance))
             failures[failure.what] += 1
             if clock.time() + wait >= deadline:
@@ -267,18 +276,19 @@ class Remote:
     def _read(self, response: httpx2.Response, request: Request) -> Answer:
         try:
             reply = wire.REPLIES[self.recipe.api].model_validate_json(response.content)
+        except ValidationError as error:
+            place, why = error.errors()[0]["loc"], error.errors()[0]["msg"]
+            raise _Again(f"a reply that isn't one ({'.'.join(map(str, place))} {why})") from None
+        usd = self._usd(reply.usage.prompt_tokens, reply.usage.completion_tokens)
+        try:
             if isinstance(request, Generate):
                 answer = wire.written(reply, request)
             else:
                 assert isinstance(reply, wire.Completion), "chat is refused for scores"
                 answer = wire.scored(reply, request, self.count if self._tokenizer else None, self.url)
-        except ValidationError as error:
-            place, why = error.errors()[0]["loc"], error.errors()[0]["msg"]
-            raise _Again(f"a reply that isn't one ({'.'.join(map(str, place))} {why})") from None
         except ValueError as error:
-            raise _Again(str(error)) from None
-        usage = reply.usage
-        return replace(answer, cost=Cost(usd=self._usd(usage.prompt_tokens, usage.completion_tokens)))
+            raise _Again(str(error), usd=usd) from None
+        return replace(answer, cost=Cost(usd=usd))
 
     def _require_good(self, response: httpx2.Response) -> None:
         """_Again for what may pass, UserError for what won't."""
@@ -323,7 +333,9 @@ class Remote:
         if response.status_code in (401, 403):
             self._require_good(response)
         try:
-            models = {model["id"]: model for model in response.json()["data"]} if response.status_code == 200 else {}
+            models = (
+                {str(model["id"]): model for model in response.json()["data"]} if response.status_code == 200 else {}
+            )
         except (ValueError, KeyError, TypeError):
             return
         if not models:
@@ -364,8 +376,10 @@ class Remote:
 
     def _digest(self, request: Request) -> str:
         """All that an answer depends on, but for what a server has loaded under the model's name."""
-        body = wire.bodies(self._started(request), self.model, self.recipe.api)[0]
-        return files.digest([VERSION, self.url, self.recipe.api, self._tokenizer_digest, body])
+        request = self._started(request)
+        body = wire.bodies(request, self.model, self.recipe.api)[0]
+        # Where a prompt ends isn't in the body of a score.
+        return files.digest([VERSION, self.url, self.recipe.api, self._tokenizer_digest, body, request.prompt])
 
     def _usd(self, prompt_tokens: int, completion_tokens: int) -> float:
         prompt, completion = self.recipe.usd_per_million_prompt_tokens, self.recipe.usd_per_million_completion_tokens
@@ -408,7 +422,8 @@ def _checked(url: str) -> str:
     """The URL without a slash at its end; RecipeError for one that paths can't be put after."""
     plain = url.strip().rstrip("/")
     parts = None
-    with contextlib.suppress(ValueError):  # of a port that isn't a number, say
+    with contextlib.suppress(ValueError, httpx2.InvalidURL):  # of a port that isn't a number, say
+        httpx2.URL(plain)
         parts = urlsplit(plain) if urlsplit(plain).port != 0 else None
     if parts and parts.username is not None:
         raise RecipeError(
@@ -448,7 +463,8 @@ def _loaded(folder: Path | None) -> tuple[Tokenizer | None, str, str]:
     from espalier.data import tokenizer
 
     words = tokenizer.load(folder)
-    end = words.id_to_token(tokenizer.eos_id(folder)) or ""
+    marked = words.encode("").ids  # by the server too, so nothing has to stand before a text
+    end = "" if marked else words.id_to_token(tokenizer.eos_id(folder)) or ""
     return words, end, files.sha256(folder / "tokenizer.json")
 
 
@@ -487,7 +503,7 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return float(stated)
     try:
         return max(email.utils.parsedate_to_datetime(stated).timestamp() - time.time(), 0.0)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -23,9 +23,10 @@ def bodies(request: Request, model: str, api: Api) -> tuple[dict[str, Any], ...]
         text = request.prompt + request.continuation
         # Not every server can write no token at all.
         return ({"model": model, "prompt": text, "echo": True, "logprobs": 1, "temperature": 0, "max_tokens": 1},)
-    body = {"model": model, "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
-    if request.stop:
-        body["stop"] = list(request.stop)
+    seed = request.seed if request.temperature else 0
+    body = {"model": model, "temperature": request.temperature, "top_p": request.top_p, "seed": seed}
+    if stops := [stop for stop in request.stop if stop]:
+        body["stop"] = stops
     length = {"max_tokens": request.max_new_tokens}
     if api == "completions":
         body["prompt"] = request.prompt
@@ -51,8 +52,8 @@ class _Strict(BaseModel):
 
 
 class _Usage(_Strict):
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(ge=0)
+    prompt_tokens: int = Field(ge=0, lt=2**53)
+    completion_tokens: int = Field(ge=0, lt=2**53)
 
 
 class _Columns(_Strict):
@@ -139,12 +140,12 @@ REPLIES: dict[Api, type[Completion] | type[Chat]] = {"completions": Completion, 
 def written(reply: Completion | Chat, request: Generate) -> Answer:
     """The answer to a `Generate`; ValueError for a reply that doesn't end as answers do."""
     choice, finish = reply.choices[0], _finish(reply.choices[0])
-    text = _cut(choice.text, request.stop)
+    text = _sound(_cut(choice.text, request.stop))
     pieces = _standing_for(text, choice.pieces())
     told = bool(pieces) and all(piece.logprob is not None for piece in pieces)
     return Answer(
         text=text,
-        tokens=tuple(piece.text for piece in pieces),
+        tokens=tuple(_sound(piece.text) for piece in pieces),
         logprobs=tuple(piece.logprob for piece in pieces if piece.logprob is not None) if told else (),
         greedy=all(piece.greedy for piece in pieces) if told else request.temperature == 0,
         prompt_tokens=reply.usage.prompt_tokens,
@@ -236,9 +237,14 @@ def _standing_for(text: str, pieces: list[Piece]) -> list[Piece]:
     return pieces
 
 
+def _sound(text: str) -> str:
+    """The text with marks in the place of halves of characters, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _cut(text: str, stops: Sequence[str]) -> str:
     """The text up to the first stop: some servers leave it in."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
 
 
 def _greedy(logprob: float | None, top: Sequence[float]) -> bool:

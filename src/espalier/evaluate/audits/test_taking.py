@@ -61,9 +61,9 @@ def _audited(report: Report, task: str, items: Sequence[Item], outcomes: Mapping
     answered = [item for item in items if item.id in outcomes]
     before = [_score(outcomes[item.id]) for item in answered]
     own = binomial(sum(before), len(before))
-    chance = sum(outcomes[item.id].chance for item in answered) / len(answered)
+    chance = sum(item.chance for item in answered) / len(answered)
     earned = {}
-    for rule, scores in cues(items).items():
+    for rule, scores in cues(answered).items():
         earned[rule] = sum(scores) / len(scores)
         report.add(task, f"cue: {rule}", earned[rule], stderr=stderr(scores), n=len(scores))
     best = max(earned, key=lambda rule: earned[rule])

@@ -167,7 +167,7 @@ def _rows(kind: Rows, path: Path) -> list[tuple[Texts, str]]:
         except ValueError:
             _refuse(where, "no JSON", "a JSON object")
         label = str(_field(row, "label", where)).lower()
-        if label == kind.unsure:
+        if kind.unsure and label == kind.unsure:
             continue
         if label not in kind.meanings:
             _refuse(f"{where}: label", repr(label), f"one of {', '.join(kind.meanings)}")

@@ -95,7 +95,8 @@ def add_scores(report: Report, outcomes: Sequence[Outcome]) -> None:
     report.context["groups"] = {group: [row.task for row in scored[group]] for group in GROUPS if scored[group]}
     for group in report.context["groups"]:
         report.rows.append(_mean(group, scored[group]))
-    report.rows.append(_mean(OVERALL, [row for rows in scored.values() for row in rows]))
+    if scored:  # the budget may have ended before the first answer
+        report.rows.append(_mean(OVERALL, [row for rows in scored.values() for row in rows]))
 
 
 def balanced_accuracies(outcomes: Sequence[Outcome]) -> dict[str, float]:

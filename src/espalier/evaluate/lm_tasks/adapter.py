@@ -29,14 +29,6 @@ class IqTask(ConfigurableTask):
         super().__init__(config=items_config(config["task"], items) | {"metadata": VERSION | config["metadata"]})
 
 
-def items_configs(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """A configuration for each task of these items."""
-    tasks: dict[str, list[Item]] = {}
-    for item in items:
-        tasks.setdefault(item.task, []).append(item)
-    return [items_config(task, each) for task, each in tasks.items()]
-
-
 def items_config(task: str, items: Sequence[Item]) -> dict[str, Any]:
     """lm-eval's configuration of a task whose items have options all or none, and end at the same texts.
 

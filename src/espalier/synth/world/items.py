@@ -77,7 +77,7 @@ def _row(
     space = right.removesuffix(chain[-1].object.name(language.script))
     options = [right, *(space + entity.name(language.script) for entity in wrong)]
     subject = chain[0].subject.name(language.script)
-    additions = {"length": language.hedge, "overlap": f" ({subject})"}
+    additions = {"length": language.hedge, "overlap": f"（{subject}）" if language.script == "han" else f" ({subject})"}
     gold, options = _with_cue(options, place, additions, recipe, draw)
     return {
         "task": f"world-{recipe.seed}",
