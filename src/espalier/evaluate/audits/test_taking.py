@@ -38,8 +38,9 @@ def evaluate_test_taking(recipe: TakingRecipe, run: Run) -> Path:
     """Tell knowledge from test-taking: a model's score beside what cues alone earn, and its gain by learning.
 
     Rows a task: the model's own; `cue: RULE` of every rule of `cues`; `explained`, the share of the score above chance
-    that the best cue earns too, where the score is above chance for sure; with `after`, that model's own rows and the
-    `gain`, a difference of scores. Raises `DataError` for an item without options.
+    that the best cue earns too, where the score is above chance for sure (the best of five on these very items: with
+    few of them rather too much); with `after`, that model's own rows and the `gain`, a difference of scores. Raises
+    `DataError` for an item without options.
     """
     tasks = read_tasks(recipe.items)
     _require_options(tasks, recipe.items)
