@@ -1,10 +1,10 @@
 """A budget on which nothing was tuned: the run that `espalier plan` proposes for 20 TFLOP beside three sizes by hand.
 
     espalier plan --recipe bench/2026-11-25-plan-untuned/plan.yaml --name untuned
-    python bench/2026-11-25-plan-untuned/run.py runs/untuned/planned.yaml [FOLDER]
+    python bench/2026-11-25-plan-untuned/run.py runs/untuned/planned.yaml [FOLDER [WAY ...]]
 
 Every way has the FLOPs that the plan trains on, so the machine's speed and what else it does change nothing. Two run
-side by side. A finished run is only read.
+side by side. A finished run is only read; the ways that are named are trained, all if none is.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ def ways(planned: PretrainRecipe, told: dict) -> dict[str, PretrainRecipe]:
     return found
 
 
-def main(plan: Path, folder: Path) -> None:
+def main(plan: Path, folder: Path, names: list[str]) -> None:
     planned = load(PretrainRecipe, plan)
     told = yaml.safe_load((HERE / "plan.yaml").read_text())
     told = {key: told[key] for key in ("data", "model", "train")}
     law = Law.load(yaml.safe_load((HERE / "plan.yaml").read_text())["law"])
     trials, found = [], ways(planned, told)
     for seed in SEEDS:
-        for name, recipe in found.items():
+        for name in names or found:
+            recipe = found[name]
             values = recipe.model_dump() | {"name": f"{name}-seed{seed}", "seed": seed}
             one = PretrainRecipe.model_validate(values | {"samples": {"prompts": ["\n"], "max_new_tokens": 1}})
             trials.append(Trial(one.optimizer.learning_rate, seed, one))
@@ -65,7 +66,9 @@ def main(plan: Path, folder: Path) -> None:
     results = {}
     for name, recipe in found.items():
         spec = recipe.specs()[-1]
-        at = [folder / f"{name}-seed{seed}" for seed in SEEDS]
+        at = [one for seed in SEEDS if ((one := folder / f"{name}-seed{seed}") / RESULTS).exists()]
+        if not at:
+            continue
         trained = Ledger(at[0] / LEDGER).spent(kind="train")
         results[name] = {
             "stages": [stage.model_dump(exclude_unset=True) for stage in recipe.stages],
@@ -81,4 +84,5 @@ def main(plan: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "runs/untuned-ways"))
+    plan, folder, *names = [*sys.argv[1:], "runs/untuned-ways"] if len(sys.argv) == 2 else sys.argv[1:]
+    main(Path(plan), Path(folder), names)
