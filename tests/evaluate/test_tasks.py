@@ -190,7 +190,6 @@ def metrics(values: dict) -> dict:
 
 
 def test_the_scores_are_those_of_lm_eval_s_own_backend(tmp_path, model, recipe, make_run, shared_home, monkeypatch):
-    pytest.importorskip("accelerate")  # their backend's, not ours
     from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setenv("ESPALIER_HOME", str(shared_home))

@@ -410,7 +410,6 @@ def test_scores_of_bfloat16_are_near_those_of_float32(engine):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["granite", "gpt2", "windowed"])
 def test_answers_are_those_of_lm_evals_own_backend(name, engine, folder, reference):
-    pytest.importorskip("accelerate")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
