@@ -113,7 +113,8 @@ def evaluate_compare(recipe: CompareRecipe, run: Run) -> Path:
     for line in (*notes, *map(told, (each for each in found if each.sure or each.task == OVERALL))):
         run.tell(line)
     run.charge("compare")
-    return page.write(run.folder, evaluations, title=f"Compared with {base}", differences=found, notes=notes)
+    html = page.render(run.folder, evaluations, f"Compared with {base}", found, notes=notes)
+    return page.write(run.folder, html)
 
 
 def compare(

@@ -34,22 +34,10 @@ LONGEST_TEXT = 160
 COSTS = ("seconds", "flops", "usd", "kwh")
 
 
-def write(
-    folder: Path,
-    evaluations: Mapping[str, Evaluation],
-    *,
-    title: str,
-    differences: Sequence[Difference] = (),
-    spent: Mapping[str, Cost] | None = None,
-    notes: Sequence[str] = (),
-) -> Path:
-    """Write a run's page on evaluations by their names; its path.
-
-    differences  of the others from the first, where they are compared
-    spent        by each one's time, where they are the same model as it grew
-    """
+def write(folder: Path, html: str) -> Path:
+    """Put a page into its run folder; its path."""
     path = folder / PAGE
-    files.write_text(path, render(folder, evaluations, title, differences, spent or {}, notes))
+    files.write_text(path, html)
     return path
 
 
@@ -61,7 +49,11 @@ def render(
     spent: Mapping[str, Cost] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """The page as HTML."""
+    """The page of a run on evaluations by their names, as HTML.
+
+    differences  of the others from the first, where they are compared
+    spent        by each one's time, where they are the same model as it grew
+    """
     hues = page.HUES["validation"]
     models = {name: hues[number % len(hues)] for number, name in enumerate(evaluations)}
     radar = _radar(evaluations, models)

@@ -60,7 +60,8 @@ def evaluate_stages(recipe: StageByStageRecipe, run: Run) -> Path:
     report.save(run.folder / RESULTS)
     for name, each in evaluations.items():
         run.tell(f"{name}, {units.amount(spent[name].flops, 'flops')}: {_score(each)}")
-    return page.write(run.folder, evaluations, title=f"{recipe.run.name} as it grew", spent=spent)
+    html = page.render(run.folder, evaluations, f"{recipe.run.name} as it grew", spent=spent)
+    return page.write(run.folder, html)
 
 
 def models(run: Path) -> dict[str, Path]:

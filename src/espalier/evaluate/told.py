@@ -24,7 +24,7 @@ def tell_and_save(report: Report, run: Run) -> Path:
     run.charge("evaluate")
     evaluation = Evaluation.read(run.folder)
     _show(evaluation)
-    return page.write(run.folder, {run.name: evaluation}, title=report.subject)
+    return page.write(run.folder, page.render(run.folder, {run.name: evaluation}, report.subject))
 
 
 def machine() -> dict[str, str]:
