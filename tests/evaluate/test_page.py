@@ -115,6 +115,14 @@ def test_what_another_model_was_asked_is_not_part_of_the_score(folder):
     assert both.overall == evaluation(folder, "m", 0.5, TASKS[:1]).overall
 
 
+def test_chance_stands_beside_scores_and_not_beside_what_is_made_of_them(folder):
+    each = evaluation(folder, "m", 0.5, ("Retrieval",))
+    each.report.add("Retrieval", "gain", 0.2, n=40)
+    assert (each.chance_of("Retrieval", "acc"), each.chance_of("Retrieval", "gain")) == (0.25, None)
+    html = page.render(folder, {"m": each}, "m")
+    assert html.count("<td>25.0%</td>") == 1
+
+
 def test_figures_that_are_no_shares_and_no_numbers_are_told_as_they_are(folder):
     each = evaluation(folder, "m", 0.5, TASKS[:1])
     each.report.add(TASKS[0], "perplexity", math.inf, n=40)

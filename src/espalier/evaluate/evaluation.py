@@ -86,6 +86,11 @@ class Evaluation:
         chances = [outcome.chance for outcome in self.outcomes if outcome.task == task]
         return sum(chances) / len(chances) if chances else 0.0
 
+    def chance_of(self, task: str, metric: str) -> float | None:
+        """That of a score which single items have; None of what is made of scores, such as a gain, and of losses."""
+        known = self.scores(task, metric) and self._is_share(task, metric)
+        return self.chance(task) if known else None
+
     def shares(self) -> dict[str, tuple[float, float]]:
         """(score, chance) of each task whose main metric is a share."""
         return {

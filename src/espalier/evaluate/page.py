@@ -365,7 +365,7 @@ def _rows(evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
 
 
 def _chance_told(task: str, metric: str, evaluations: Any) -> str:
-    known = [each.chance(task) for each in evaluations if task in each.shares()]
+    known = [chance for each in evaluations if (chance := each.chance_of(task, metric)) is not None]
     return text_of(metric, known[0]) if known else "–"
 
 

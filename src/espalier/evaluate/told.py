@@ -40,10 +40,10 @@ def _show(evaluation: Evaluation) -> None:
     table = Table("task", "metric", "value", "95%", "chance", "items", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
-    shares = evaluation.shares()
     for row in evaluation.report.rows:
-        chance = page.text_of(row.metric, evaluation.chance(row.task)) if row.task in shares else ""
+        chance = evaluation.chance_of(row.task, row.metric)
+        guessed = "" if chance is None else page.text_of(row.metric, chance)
         sure = page.between(row.metric, evaluation.interval(row))
         items = f"{row.n:,}" if row.n else ""
-        table.add_row(row.task, row.metric, page.text_of(row.metric, row.value), sure, chance, items)
+        table.add_row(row.task, row.metric, page.text_of(row.metric, row.value), sure, guessed, items)
     Console().print(table)
