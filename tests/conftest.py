@@ -22,6 +22,7 @@ import psutil
 import pytest
 import yaml
 from hypothesis import settings
+from tests.ranks import run_ranks
 
 from espalier.budget.hardware import Hardware, remember
 from espalier.data.pack import Shard, Tokens
@@ -114,6 +115,12 @@ def peak_bytes():
         return max(itertools.accumulate(sizes))
 
     return peak_bytes
+
+
+@pytest.fixture
+def ranks(tmp_path) -> Callable[..., list]:
+    """`ranks(2, work)` is what `work(world)`, some JSON, comes to on each of two connected processes."""
+    return lambda size, work, **more: run_ranks(size, work, tmp_path, **more)
 
 
 @dataclass(frozen=True)

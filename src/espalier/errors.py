@@ -81,6 +81,22 @@ class BudgetError(UserError):
     exit_code = 8
 
 
+def to_json(error: Exception) -> dict[str, str]:
+    """An error as another process is told of it."""
+    if isinstance(error, UserError):
+        return {"kind": type(error).__name__, **vars(error)}
+    return {"kind": "", "where": f"{type(error).__name__}: {error}"}
+
+
+def from_json(told: dict[str, str], *, rank: int) -> Exception:
+    """The error of another rank, to be raised on this one."""
+    kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
+    where = told["where"] if rank == 0 else f"rank {rank}: {told['where']}"
+    if told["kind"] not in kinds:
+        return RuntimeError(where)
+    return kinds[told["kind"]](where, **{key: told[key] for key in ("found", "expected", "mend")})
+
+
 # Not errors: how a run that left a usable model may end early.
 EXIT_BUDGET_SPENT = 10
 EXIT_INTERRUPTED = 130
