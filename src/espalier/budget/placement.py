@@ -165,10 +165,21 @@ def timetable(job: Job, placement: Placement) -> Timetable:
 
 
 def splits(table: Timetable, layers: int) -> list[tuple[int, ...]]:
-    """Splits worth timing: for every pace that a stage can keep, the one that fills the fastest stages first."""
-    paces = {seat.stage(count).busy for seat in table.seats for count in range(1, layers + 1)}
+    """Splits worth timing: for every pace that a stage can keep, the one that fills the fastest stages first.
+
+    The best of them is improved by moving one layer at a time for as long as that helps.
+    """
+    paces = sorted({seat.stage(count).busy for seat in table.seats for count in range(1, layers + 1)})
     found = {split for pace in paces if (split := _filled(table, layers, pace))}
-    return sorted(found, key=table.estimated)
+    if not found:
+        return []
+    split = min(found, key=table.estimated)
+    while (better := min(_moves(split), key=table.estimated, default=split)) and table.estimated(
+        better
+    ) < table.estimated(split):
+        split = better
+        found.add(split)
+    return sorted(found, key=table.estimated)[:FOLLOWED]
 
 
 def _filled(table: Timetable, layers: int, pace: float) -> tuple[int, ...] | None:
@@ -186,6 +197,16 @@ def _filled(table: Timetable, layers: int, pace: float) -> tuple[int, ...] | Non
         split[number] += more
         left -= more
     return tuple(split)
+
+
+def _moves(split: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """One layer from one stage to another."""
+    for giver, taker in itertools.permutations(range(len(split)), 2):
+        if split[giver] > 1:
+            moved = list(split)
+            moved[giver] -= 1
+            moved[taker] += 1
+            yield tuple(moved)
 
 
 def _placements(job: Job) -> Iterator[tuple[float, Placement]]:
