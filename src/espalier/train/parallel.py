@@ -186,11 +186,6 @@ def within(model: nn.Module, work: Callable[..., Tensor], *inputs: Any) -> Tenso
     return work(model, *inputs)
 
 
-def shared(model: nn.Module) -> bool:
-    """Whether ranks share the model's weights."""
-    return isinstance(model, FSDPModule)
-
-
 def forget(model: PreTrainedModel) -> None:
     """Let go of weights that a pass without a backward one has gathered: the next update would not reach them."""
     for module in model.modules():
