@@ -24,7 +24,7 @@ from espalier.grow.pace import Pace
 from espalier.ledger import Cost
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
-from espalier.recipe import Recipe
+from espalier.recipe import ByField, Flagged, Recipe
 from espalier.run import STAGE
 from espalier.spec import DenseFamily, ModelSpec
 from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, Stretch, TrainRecipe
@@ -102,9 +102,9 @@ class TrainingRecipe(Recipe):
     seed: int = 1
     model: ModelRecipe = ModelRecipe()
     parametrization: Parametrization = Parametrization()
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    schedule: ScheduleRecipe = ScheduleRecipe()
-    train: TrainRecipe = TrainRecipe()
+    optimizer: ByField[OptimizerRecipe] = OptimizerRecipe()
+    schedule: Flagged[ScheduleRecipe] = ScheduleRecipe()
+    train: ByField[TrainRecipe] = TrainRecipe()
 
 
 class GrowthRecipe(TrainingRecipe):
