@@ -1,0 +1,156 @@
+"""The watch: whichever rank dies, stops, hangs or fails, every rank ends in time and names it; healthy ones don't."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed  # noqa: F401  imported once, here, for every fork
+from tests.ranks import fates
+
+from espalier import watch
+from espalier.errors import DataError, RankError
+from espalier.world import World
+
+DEADLINE = 2.0
+LATEST = DEADLINE + 2.0
+LAST = 6
+
+
+def fail() -> None:
+    raise DataError("rows.jsonl:7", found="nothing", expected="a text", mend="Leave it out.")
+
+
+def divide_by_zero() -> float:
+    return 1 / 0
+
+
+FAULTS = {
+    "killed": (
+        lambda: os.kill(os.getpid(), signal.SIGKILL),
+        -signal.SIGKILL,
+        RankError.exit_code,
+        "ended without a word",
+    ),
+    "stopped": (lambda: os.kill(os.getpid(), signal.SIGSTOP), -signal.SIGKILL, RankError.exit_code, "silence for 2 s"),
+    "hung": (lambda: time.sleep(60), RankError.exit_code, RankError.exit_code, "no progress for 2 s"),
+    "gone": (lambda: os._exit(0), 0, RankError.exit_code, "ended without a word"),
+    "refusing": (fail, DataError.exit_code, DataError.exit_code, "rows.jsonl:7"),
+    "broken": (divide_by_zero, 1, 1, "ZeroDivisionError"),
+}
+
+
+def steps_until(fault, culprit: int, folder):
+    """Steps in which every rank waits for every other, up to the last one's forward pass, in which one is at fault."""
+
+    def work(world: World) -> None:
+        for step in range(1, LAST + 1):
+            watch.at(step, "reading data")
+            watch.at(step, "forward and backward")
+            if step == LAST and world.rank == culprit:
+                (folder / "culprit").write_text(f"{os.getpid()} {time.monotonic()}")
+                fault()
+            world.gathered(step)
+
+    return work
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_rank_ends_in_time_and_names_the_one_at_fault(name, culprit, size, tmp_path):
+    fault, own_code, code, told = FAULTS[name]
+    ended = fates(size, steps_until(fault, culprit, tmp_path), tmp_path, deadline=DEADLINE)
+    pid, began = (tmp_path / "culprit").read_text().split()
+    assert max(fate.time for fate in ended) - float(began) <= LATEST
+    for rank, fate in enumerate(ended):
+        assert fate.code == (own_code if rank == culprit else code), fate.said
+        if rank == culprit and name != "hung":
+            continue
+        assert told in fate.said
+        if code == RankError.exit_code:
+            assert f"rank {culprit} (pid {pid} on " in fate.said
+            assert f"at step {LAST} (forward and backward, in " in fate.said
+        elif culprit:
+            assert f"rank {culprit}: " in fate.said
+
+
+def test_healthy_ranks_are_left_alone_and_leave_nothing_behind(ranks):
+    def held() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    def work(world: World) -> list[int]:
+        """Twenty worlds one after the other, in which one rank is slower, but within what its phases may last."""
+        time.sleep(0.2)  # the watch of this world itself has met
+        before = held()
+        for _ in range(20):
+            with watch.over(world, deadline=0.4, patience=60):
+                for step in range(3):
+                    watch.at(step, "forward and backward")
+                    time.sleep(0.02 * world.rank)
+                    world.gathered(step)
+        with watch.over(world, deadline=0.4, patience=60):
+            watch.at(1, "forward and backward")
+            watch.at(1, "compiling")  # never seen before: longer than the deadline
+            time.sleep(1.0 * world.rank)
+            world.gathered(1)
+        return [now - then for now, then in zip(held(), before, strict=True)]
+
+    assert ranks(2, work) == [[0, 0], [0, 0]]
+
+
+def test_a_phase_may_last_many_times_what_it_lasted_before(ranks):
+    def work(world: World) -> int:
+        with watch.over(world, deadline=0.2, patience=60):
+            for seconds in (0.1, 1.0):  # five times the deadline, ten times the first
+                watch.at(1, "saving")
+                world.led(lambda seconds=seconds: time.sleep(seconds))
+        return 0
+
+    assert ranks(2, work) == [0, 0]
+
+
+def test_the_growth_of_a_model_makes_every_phase_a_new_one(ranks):
+    def work(world: World) -> int:
+        with watch.over(world, deadline=0.2, patience=60):
+            for _ in range(3):
+                watch.at(1, "forward and backward")
+                watch.at(1, "optimizer")
+            watch.anew()
+            watch.at(2, "forward and backward")
+            world.led(lambda: time.sleep(1.0))
+        return 0
+
+    assert ranks(2, work) == [0, 0]
+
+
+def test_strangers_are_not_listened_to(ranks):
+    def work(world: World) -> int:
+        with watch.over(world, deadline=5, patience=60):
+            if world.leads:
+                place = watch._current._server.getsockname()
+                for said in (
+                    b"",
+                    b'{"key": "guessed", "rank": 1}\n{"ends": {}}\n',
+                    b"GET / HTTP/1.0\r\n\r\n",
+                    b"[]\n" * 9,
+                ):
+                    with socket.create_connection(place, timeout=5) as stranger:
+                        stranger.sendall(said)
+                time.sleep(1.0)  # a verdict would have fallen
+                assert set(watch._current.seen) == {0, 1}
+            world.gathered(0)
+        return 0
+
+    assert ranks(2, work) == [0, 0]
+
+
+def test_a_process_by_itself_is_watched_by_nobody():
+    before = threading.active_count()
+    with World().joined(seconds=1):
+        watch.at(1, "forward and backward")
+        watch.anew()
+        assert threading.active_count() == before
