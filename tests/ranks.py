@@ -70,7 +70,7 @@ def _command(rank: int, size: int, port: int, work: Callable[[World], Any], said
         return pid
     code = 1
     try:
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         _be(rank, size, port)
         world = World.here()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 DEADLINE = 60.0  # seconds
 TIMES = 20.0  # a phase may last so many times as long as it ever did before
 SETTLE = 0.3  # seconds in which signs of one fault reach the leader: the death of a rank breaks connections of others
+SOON = 0.05  # seconds between the signs of one fault, from one rank and another
 GRACE = 0.7  # seconds in which the work may end by itself
 CONNECTING = 20.0  # seconds
 
@@ -293,25 +294,28 @@ class _Leader(_Watch):
                 seen.take(message["post"])
                 seen.astray = message["astray"]
             elif message["ends"]:
-                seen.failed = message["ends"]
+                seen.failed, seen.heard = message["ends"], time.monotonic()
             else:
                 del self.seen[seen.rank]
         if messages is None:
             self._selector.unregister(line.connection)
             if seen and seen.rank in self.seen and not seen.failed:
-                seen.gone = True
+                seen.gone, seen.heard = True, time.monotonic()
 
     def _judge(self) -> Verdict | None:
         """What the signs come to; None while all is well, or a sign is too young."""
         now, all_seen = time.monotonic(), list(self.seen.values())
         if any(seen.gone or seen.failed or seen.astray for seen in all_seen):
             self._first_sign = self._first_sign or now
-            if now - self._first_sign < SETTLE:
+            gone = [seen for seen in all_seen if seen.gone]
+            failed = [seen for seen in all_seen if seen.failed]
+            if now - self._first_sign < SETTLE and (failed or not gone):
                 return None
-            if gone := [seen for seen in all_seen if seen.gone]:
+            # Who starts the ranks kills them when one has failed; an error may be of a connection to a dead one.
+            if gone and all(gone[0].heard < seen.heard + SOON for seen in failed):
                 return _gone(gone, self.seen[0].post)
-            if failed := next((seen for seen in all_seen if seen.failed), None):
-                return Verdict(failed.failed or {}, by=failed.rank)
+            if failed:
+                return Verdict(failed[0].failed or {}, by=failed[0].rank)
             # All live, and some can't reach another: who doesn't say so, and is furthest behind, holds them up.
             others = [seen for seen in all_seen if not seen.astray] or all_seen
             return _behind(_last(others), "no progress", "each to get as far as the others")
@@ -460,7 +464,8 @@ def _collectives() -> int:
     from torch import distributed
 
     groups = list(distributed.distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+    backends = (group._get_backend(device) for group in groups for device in group._device_types)
+    return sum(backend._get_sequence_number_for_group() for backend in backends)  # type: ignore[attr-defined]
 
 
 def _is_lost_contact(error: BaseException) -> bool:
