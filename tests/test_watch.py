@@ -82,7 +82,7 @@ def test_healthy_ranks_are_left_alone_and_leave_nothing_behind(ranks):
     def held() -> tuple[int, int]:
         return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
 
-    def work(world: World) -> list[int]:
+    def work(world: World) -> list[list[int]]:
         """Twenty worlds one after the other, in which one rank is slower, but within what its phases may last."""
         time.sleep(0.2)  # the watch of this world itself has met
         before = held()
@@ -97,9 +97,9 @@ def test_healthy_ranks_are_left_alone_and_leave_nothing_behind(ranks):
             watch.at(1, "compiling")  # never seen before: longer than the deadline
             time.sleep(1.0 * world.rank)
             world.gathered(1)
-        return [now - then for now, then in zip(held(), before, strict=True)]
+        return world.gathered([now - then for now, then in zip(held(), before, strict=True)])
 
-    assert ranks(2, work) == [[0, 0], [0, 0]]
+    assert ranks(2, work) == [[[0, 0], [0, 0]]] * 2
 
 
 def test_a_phase_may_last_many_times_what_it_lasted_before(ranks):
@@ -122,6 +122,17 @@ def test_the_growth_of_a_model_makes_every_phase_a_new_one(ranks):
             watch.anew()
             watch.at(2, "forward and backward")
             world.led(lambda: time.sleep(1.0))
+        return 0
+
+    assert ranks(2, work) == [0, 0]
+
+
+def test_what_is_done_beside_the_steps_may_last_longer_than_ever_before(ranks):
+    def work(world: World) -> int:
+        with watch.over(world, deadline=0.2, patience=60):
+            for seconds in (0.0, 1.0):
+                watch.beside(1, "saving")
+                world.led(lambda seconds=seconds: time.sleep(seconds))
         return 0
 
     assert ranks(2, work) == [0, 0]

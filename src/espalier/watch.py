@@ -50,6 +50,15 @@ def at(step: int, phase: str) -> None:
         _current.at(step, phase)
 
 
+def beside(step: int, phase: str) -> None:
+    """The work begins something beside the steps, such as a save, whose like may have been much shorter before: it may
+    last as long as torch lets one rank wait for another.
+    """
+    if _current:
+        _current.lasted.pop(phase, None)
+        _current.at(step, phase)
+
+
 def anew() -> None:
     """What phases have lasted says nothing about what comes: the model grew, say, and is about to be compiled."""
     if _current:
