@@ -55,8 +55,7 @@ def beside(step: int, phase: str) -> None:
     last as long as torch lets one rank wait for another.
     """
     if _current:
-        _current.lasted.pop(phase, None)
-        _current.at(step, phase)
+        _current.beside(step, phase)
 
 
 def anew() -> None:
@@ -185,12 +184,22 @@ class _Watch:
         self._thread = threading.Thread(target=self._watch, name="espalier-watch", daemon=True)
 
     def at(self, step: int, phase: str) -> None:
-        now, before = time.monotonic(), self._place
-        self.lasted[before["phase"]] = max(self.lasted.get(before["phase"], 0.0), now - self._since)
+        self._note()
         known = self.lasted.get(phase)
-        limit = self.patience if known is None else max(self.deadline, TIMES * known)
+        self._enter(step, phase, self.patience if known is None else max(self.deadline, TIMES * known))
+
+    def beside(self, step: int, phase: str) -> None:
+        self._note()
+        self._enter(step, phase, self.patience)
+
+    def _note(self) -> None:
+        """How long the phase lasted that now ends."""
+        now, phase = time.monotonic(), self._place["phase"]
+        self.lasted[phase] = max(self.lasted.get(phase, 0.0), now - self._since)
         self._since = now
-        self._place = {"step": step, "phase": phase, "moves": before["moves"] + 1, "limit": limit}
+
+    def _enter(self, step: int, phase: str, limit: float) -> None:
+        self._place = {"step": step, "phase": phase, "moves": self._place["moves"] + 1, "limit": limit}
 
     def end(self, error: BaseException | None = None) -> Exception | None:
         """The work has ended, by `error` or well; what is to be raised instead of an error for which another rank is
