@@ -47,7 +47,10 @@ class Fate:
 
 
 def fates(size: int, work: Callable[[World], Any], folder: Path, *, deadline: float) -> list[Fate]:
-    """How `size` connected ranks end that do `work` as a command does: a refusal is said and fixes the exit code."""
+    """How `size` connected ranks end that do `work` as a command does.
+
+    The exit code is what `work` returns, or that of a refusal, which is said.
+    """
     port, files = _free_port(), [folder / f"rank{rank}.err" for rank in range(size)]
     running = {_command(rank, size, port, work, files[rank], deadline): rank for rank in range(size)}
     ended: dict[int, tuple[int, float]] = {}
@@ -75,8 +78,7 @@ def _command(rank: int, size: int, port: int, work: Callable[[World], Any], said
         _be(rank, size, port)
         world = World.here()
         with world.joined(seconds=SECONDS, deadline=deadline):
-            work(world)
-        code = 0
+            code = work(world) or 0
     except UserError as error:
         print(*(text for _, text in error.lines()), sep="\n", file=sys.stderr)
         code = error.exit_code

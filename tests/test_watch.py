@@ -7,12 +7,13 @@ import threading
 import time
 from pathlib import Path
 
+import datasets  # noqa: F401  imported once, here, for every fork
 import pytest
-import torch.distributed  # noqa: F401  imported once, here, for every fork
-from tests.ranks import fates
+from tests.ranks import Fate, fates
 
-from espalier import watch
+from espalier import errors, pipeline, watch
 from espalier.errors import DataError, RankError
+from espalier.train import loop
 from espalier.world import World
 
 DEADLINE = 2.0
@@ -165,3 +166,42 @@ def test_a_process_by_itself_is_watched_by_nobody():
         watch.at(1, "forward and backward")
         watch.anew()
         assert threading.active_count() == before
+
+
+@pytest.fixture
+def run(recipe_file, shared_home, tmp_path, monkeypatch):
+    """How two ranks end that carry out the tiny recipe, of which rank 1 gets a signal at some step."""
+    monkeypatch.setenv("ESPALIER_HOME", str(shared_home))
+
+    def run(number: int | None) -> list[Fate]:
+        def work(world: World) -> int:
+            real = loop.update
+
+            def update(state, *more):
+                if number and world.rank == 1 and state.progress.step == 20:
+                    os.kill(os.getpid(), number)
+                return real(state, *more)
+
+            loop.update = update
+            return pipeline.main(recipe_file, [], runs=tmp_path / "runs", dry_run=False, tell=lambda line: None)
+
+        return fates(2, work, tmp_path, deadline=DEADLINE)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_signal_to_one_rank_makes_all_save_and_end(run, tmp_path):
+    assert [fate.code for fate in run(signal.SIGTERM)] == [errors.EXIT_TERMINATED] * 2
+    assert (tmp_path / "runs/tiny/checkpoint-21").is_dir()
+    assert [fate.code for fate in run(None)] == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_run_goes_on_after_one_of_its_ranks_was_killed(run, tmp_path):
+    killed = run(signal.SIGKILL)
+    assert [fate.code for fate in killed] == [RankError.exit_code, -signal.SIGKILL]
+    assert "ended without a word, missed at step 21 (forward and backward" in killed[0].said
+    assert "rank 1 (pid " in (tmp_path / "runs/tiny/log.txt").read_text()
+    assert [fate.code for fate in run(None)] == [0, 0]
+    assert (tmp_path / "runs/tiny/final/config.json").exists()

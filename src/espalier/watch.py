@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from espalier import errors
 from espalier.errors import RankError, ResourceError
@@ -38,6 +38,7 @@ GRACE = 0.7  # seconds in which the work may end by itself
 CONNECTING = 20.0  # seconds
 
 Message = dict[str, Any]
+E = TypeVar("E", bound=BaseException)
 
 
 def at(step: int, phase: str) -> None:
@@ -64,6 +65,11 @@ def anew() -> None:
         _current.lasted.clear()
 
 
+def blamed(error: Exception) -> Exception:
+    """What the ranks say of the one at fault, if `error` is torch's for not reaching another; else `error`."""
+    return _current.blamed(error) if _current else error
+
+
 @contextlib.contextmanager
 def over(world: World, *, deadline: float, patience: float) -> Iterator[None]:
     """Watch the ranks of a connected world, of two or more, while the block lasts.
@@ -79,8 +85,9 @@ def over(world: World, *, deadline: float, patience: float) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        fault = watch.end(error)
-        if fault:
+        fault = watch.blamed(error)
+        watch.end(fault)
+        if fault is not error:
             raise fault from error
         raise
     else:
@@ -201,20 +208,22 @@ class _Watch:
     def _enter(self, step: int, phase: str, limit: float) -> None:
         self._place = {"step": step, "phase": phase, "moves": self._place["moves"] + 1, "limit": limit}
 
-    def end(self, error: BaseException | None = None) -> Exception | None:
-        """The work has ended, by `error` or well; what is to be raised instead of an error for which another rank is
-        to blame.
-        """
-        self._astray = error is not None and _is_lost_contact(error)
-        if self._astray:
-            self._ring()
-            self._judged.wait(self.deadline + 2 * SETTLE)
+    def blamed(self, error: E) -> E | Exception:
+        """What ended the work, if `error` says no more than that another rank can't be reached; else `error`."""
+        if not _is_lost_contact(error):
+            return error
+        self._astray = True
+        self._ring()
+        self._judged.wait(self.deadline + 2 * SETTLE)
+        return self._verdict.error() if self._verdict else error
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The work has ended, by `error` or well."""
         if error:
             self._error = errors.to_json(error if isinstance(error, Exception) else _interrupted(error))
         self._left.set()
         self._ring()
         self._thread.join(CONNECTING)
-        return self._verdict.error() if self._astray and self._verdict else None
 
     def _ring(self) -> None:
         with contextlib.suppress(OSError):  # the thread may have ended before the work
