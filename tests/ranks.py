@@ -46,13 +46,15 @@ class Fate:
     said: str
 
 
-def fates(size: int, work: Callable[[World], Any], folder: Path, *, deadline: float) -> list[Fate]:
+def fates(
+    size: int, work: Callable[[World], Any], folder: Path, *, deadline: float, seconds: float = SECONDS
+) -> list[Fate]:
     """How `size` connected ranks end that do `work` as a command does.
 
     The exit code is what `work` returns, or that of a refusal, which is said.
     """
     port, files = _free_port(), [folder / f"rank{rank}.err" for rank in range(size)]
-    running = {_command(rank, size, port, work, files[rank], deadline): rank for rank in range(size)}
+    running = {_command(rank, size, port, work, files[rank], deadline, seconds): rank for rank in range(size)}
     ended: dict[int, tuple[int, float]] = {}
     end = time.monotonic() + deadline + 30
     while running:
@@ -67,7 +69,9 @@ def fates(size: int, work: Callable[[World], Any], folder: Path, *, deadline: fl
     return [Fate(*ended[rank], files[rank].read_text()) for rank in range(size)]
 
 
-def _command(rank: int, size: int, port: int, work: Callable[[World], Any], said: Path, deadline: float) -> int:
+def _command(
+    rank: int, size: int, port: int, work: Callable[[World], Any], said: Path, deadline: float, seconds: float
+) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -77,7 +81,7 @@ def _command(rank: int, size: int, port: int, work: Callable[[World], Any], said
         sys.stderr = os.fdopen(2, "w", closefd=False)
         _be(rank, size, port)
         world = World.here()
-        with world.joined(seconds=SECONDS, deadline=deadline):
+        with world.joined(seconds=seconds, deadline=deadline):
             code = work(world) or 0
     except UserError as error:
         print(*(text for _, text in error.lines()), sep="\n", file=sys.stderr)

@@ -79,6 +79,16 @@ def test_every_rank_ends_in_time_and_names_the_one_at_fault(name, culprit, size,
             assert f"rank {culprit}: " in fate.said
 
 
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_who_keeps_torch_waiting_too_long_is_named_by_those_who_gave_up(culprit, tmp_path):
+    work = steps_until(lambda: time.sleep(60), culprit, tmp_path)
+    ended = fates(3, work, tmp_path, deadline=10, seconds=1.5)
+    pid, _ = (tmp_path / "culprit").read_text().split()
+    for fate in ended:
+        assert fate.code == RankError.exit_code, fate.said
+        assert f"rank {culprit} (pid {pid} on " in fate.said and "no progress at step 6 (forward" in fate.said
+
+
 def test_healthy_ranks_are_left_alone_and_leave_nothing_behind(ranks):
     def held() -> tuple[int, int]:
         return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
