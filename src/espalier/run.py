@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from espalier import files, recipe
+from espalier import files, recipe, watch
 from espalier.errors import RunError, UserError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
@@ -241,6 +241,7 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Let go of the folder; an error goes to log.txt with its traceback and becomes the run's status."""
         if isinstance(error, Exception):
+            error = watch.blamed(error)
             error.log = self.folder / LOG  # type: ignore[attr-defined]
             with contextlib.suppress(OSError, UserError):  # the first error matters more than a full disk
                 log.error("%s", error, exc_info=error)

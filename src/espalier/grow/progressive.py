@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from espalier import units
+from espalier import units, watch
 from espalier.budget import flops, memory
 from espalier.budget.plan import Duration, DurationText, Plan
 from espalier.errors import BudgetError, ModelError
@@ -454,6 +454,8 @@ def _grow(
     run, spec = setting.run, plan.stages[number].spec
     growths = recipe.path(spec.vocab_size)[number].growths
     before_loss = before.now(state)
+    watch.beside(state.progress.step, "growing")
+    watch.anew()
     setting.device.release(state.model)
     std_of = recipe.parametrization.std_of(spec)
     layout = axes.discover(state.model.config.to_dict())
