@@ -101,7 +101,7 @@ def eos_id(path: Path) -> int:
     where = path / "tokenizer_config.json"
     try:
         token = json.loads(_text(where)).get("eos_token")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise _unreadable(where, str(error)) from None
     content = token.get("content") if isinstance(token, dict) else token
     found = load(path).token_to_id(content) if isinstance(content, str) else None
