@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from espalier import files
 from espalier.errors import RunError
 from espalier.folder import ModelFolder
 from espalier.model import build
+from espalier.model.shards import load_file
 from espalier.train.optim import State
 
 TRAINER = "trainer"
