@@ -7,6 +7,7 @@ import os
 from unittest import mock
 
 import pytest
+import torch
 from faults import hostile
 from faults.hostile import ARTEFACTS, Artefact, canary, pickled, replaced, text, tried
 from transformers import AutoModelForCausalLM
@@ -70,16 +71,15 @@ def test_the_watch_sees_what_an_artefact_may_not_do(make, opens, sees):
     assert all(any(word in line for line in told.seen) for word in sees), told
 
 
-@contextlib.contextmanager
-def trusting():
-    """transformers as it would be called by who trusts everybody."""
-    real = AutoModelForCausalLM.from_pretrained
-
-    def from_pretrained(path, **settings):
-        return real(path, **settings | {"trust_remote_code": True, "use_safetensors": None, "weights_only": False})
-
-    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained):
-        yield
+def trusting(name):
+    """A loader of transformers or torch as it would be called by who trusts everybody."""
+    owner = {"from_pretrained": AutoModelForCausalLM, "load": torch}[name]
+    open_all = {
+        "from_pretrained": {"trust_remote_code": True, "use_safetensors": None},
+        "load": {"weights_only": False},
+    }
+    real = getattr(owner, name)
+    return mock.patch.object(owner, name, lambda path, **settings: real(path, **settings | open_all[name]))
 
 
 def no_guard(*patches):
@@ -102,11 +102,16 @@ def no_guard(*patches):
             lambda: [
                 mock.patch.object(build, "Weights"),
                 mock.patch.object(build, "_require_layers"),
-                trusting(),
+                trusting("from_pretrained"),
+                trusting("load"),
             ],
             "canary",
         ),
-        ("auto_map, unopened", lambda: [mock.patch.object(untrusted, "require_plain"), trusting()], "canary"),
+        (
+            "auto_map, unopened",
+            lambda: [mock.patch.object(untrusted, "require_plain"), trusting("from_pretrained")],
+            "canary",
+        ),
         (
             "an index that leaves by ..",
             lambda: [mock.patch.object(folder, "leads_outside", lambda name: False)],
