@@ -527,6 +527,15 @@ def _safetensors(content: bytes) -> Make:
     return replaced(WEIGHTS, content)
 
 
+def _large_id(folder: Path) -> Path:
+    """A tokenizer with one id so large that counting to it takes minutes."""
+    model(folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["model"]["vocab"]["x" * 9] = 2**32 - 1
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    return folder
+
+
 def _many(pa: Any) -> Any:
     """A table of 20000 rows that each are the same megabyte: 20 GB of text in a file of 2 KB."""
     return pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), ["x" * 2**20])})
@@ -889,6 +898,7 @@ ARTEFACTS = (
     Artefact(
         "a config of brackets", F21, replaced("config.json", b'{"a":' * 20_000), load_model, "ModelError", "config.json"
     ),
+    Artefact("an id of four billion", F21, _large_id, choose_tokenizer, "DataError", "id of"),
     Artefact(
         "a billion layers", F21, edited("config.json", num_hidden_layers=10**9), load_model, "ModelError", "layers"
     ),

@@ -51,7 +51,7 @@ def test_code_from_the_hub_is_refused_and_what_transformers_has_is_not(tmp_path,
 
 def test_a_class_that_transformers_has_is_named_where_code_was_asked_for(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "auto_map": {}}))
-    with pytest.raises(ModelError, match="Phi3ForCausalLM.*remove auto_map"):
+    with pytest.raises(ModelError, match=r"Phi3ForCausalLM.*remove auto_map"):
         require_plain(tmp_path)
 
 
