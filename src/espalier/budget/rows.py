@@ -132,7 +132,10 @@ def _chat(folder: Path) -> Callable[[Any, str], int]:
             return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
         except Exception as error:  # templates raise what they like
             raise DataError(
-                f"{where}: messages", found=str(error), expected="a list of role and content", mend="Correct the row."
+                f"{where}: messages",
+                found=str(error) or type(error).__name__,
+                expected="a list of role and content",
+                mend="Correct the row.",
             ) from None
 
     return length
