@@ -39,7 +39,7 @@ class ModelFolder:
                 expected="a Hugging Face model folder",
                 mend="Name a folder with config.json and model.safetensors, such as runs/NAME/final.",
             )
-        require_plain(folder.path)
+        _ = folder.config
         folder.weight_files()
         if (folder.path / files.MANIFEST).exists() and (damage := files.damage(folder.path)):
             raise ModelError(
@@ -52,7 +52,8 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """config.json; `ModelError` if the folder asks for more than to be read, whether or not `open` saw it."""
+        require_plain(self.path)
         return read_json(self.path / "config.json")
 
     @property

@@ -12,7 +12,7 @@ from faults import hostile
 from faults.hostile import ARTEFACTS, Artefact, canary, pickled, replaced, text, tried
 from transformers import AutoModelForCausalLM
 
-from espalier import folder, untrusted
+from espalier import folder
 from espalier.model import build
 
 MAX_PEAK_BYTES = 600 * 2**20
@@ -109,7 +109,7 @@ def no_guard(*patches):
         ),
         (
             "auto_map, unopened",
-            lambda: [mock.patch.object(untrusted, "require_plain"), trusting("from_pretrained")],
+            lambda: [mock.patch.object(folder, "require_plain"), trusting("from_pretrained")],
             "canary",
         ),
         (
