@@ -350,6 +350,14 @@ def load_unopened(path: Path) -> Any:
     return build.load(ModelFolder(path))
 
 
+def load_sharded(path: Path) -> Any:
+    """As ranks take up a checkpoint: the config makes a skeleton, whose parts are read later."""
+    from espalier.folder import ModelFolder
+    from espalier.model import build
+
+    return build.skeleton(ModelFolder(path).config)
+
+
 def stream_model(path: Path) -> Any:
     """As growth from folder to folder, which reads the files itself."""
     from espalier.folder import ModelFolder
@@ -712,6 +720,15 @@ ARTEFACTS = (
         "ModelError",
         "attn_implementation",
     ),
+    Artefact(
+        "attention from the Hub, on ranks",
+        F21,
+        edited("config.json", attn_implementation=KERNEL),
+        load_sharded,
+        "ModelError",
+        "attn_implementation",
+    ),
+    Artefact("a clean model, on ranks", CLEAN, model, load_sharded, None),
     Artefact(
         "_attn_implementation from the Hub",
         F21,
