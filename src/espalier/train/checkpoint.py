@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import PreTrainedModel
@@ -34,6 +34,7 @@ from espalier import files
 from espalier.errors import RunError
 from espalier.folder import INDEX, ModelFolder
 from espalier.model import build, shards
+from espalier.model.shards import load_file
 from espalier.train.device import Device
 from espalier.train.optim import State
 from espalier.train.parallel import ALONE, Parallel, empty, whole
