@@ -6,6 +6,7 @@ model grows by the operators that the later stage names, its optimizer state wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,18 +193,10 @@ class Outcome:
 
 
 def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
-    """Carry out a plan from its newest checkpoint, or from the start."""
-    from espalier.train import moments
-    from espalier.train.loop import Meter
-
-    run, device = setting.run, setting.device
-    device.prepare()
-    state = _resume(recipe, plan, setting)
-    if state is None:
-        _require_reserve(plan, setting)
-        state = _begin(recipe, plan, setting)
+    """Carry out a plan from its newest checkpoint, or from the start; after a spike again, from before it."""
+    setting.device.prepare()
     pace = Pace(
-        run,
+        setting.run,
         plan,
         recipe.durations(),
         share=setting.share,
@@ -211,6 +204,21 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         end=setting.reserve,
         keep=setting.keep,
     )
+    while (outcome := _from_newest(recipe, pace, setting)) is None:
+        setting = replace(setting, changed=True)  # what was done in vain is missing at the end
+    return outcome
+
+
+def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome | None:
+    """Train from the newest checkpoint, or from the start, to the end; None after a spike that led back to another."""
+    from espalier.train import moments
+    from espalier.train.loop import Meter
+
+    run, plan = setting.run, pace.plan
+    state = _resume(recipe, plan, setting)
+    if state is None:
+        _require_reserve(plan, setting)
+        state = _begin(recipe, plan, setting)
     if state.progress.step:
         pace.adapt(state.progress, 1.0, changed=setting.changed)
     meter = Meter(run, setting.reserve)
@@ -249,6 +257,8 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
             ending = _train(recipe, setting, state, pace, meter, (pace, log, validate, save, bar))
             if ending != "done":
                 break
+    if ending == "spike":
+        return None
     if ending == "signal":
         save.now(state)
         return Outcome(state, ending)
@@ -272,13 +282,41 @@ def _train(
             flops_per_token=stage.flops_per_token,
             factor=_factor(recipe, pace.plan, number),
             level=_level(recipe, pace.plan, number),
+            spike_sigmas=math.inf if recipe.train.on_spike == "off" else recipe.train.spike_sigmas,
         )
         ending = train(state, setting.train_stream, segment, setting.objective, setting.device, meter, watched)
+        if ending == "spike" and not _goes_back(recipe, setting, state.progress, stage.rows):
+            continue
         if ending != "done":
             return ending
         pace.look(state.progress)
         stage = pace.plan.stages[number]
     return "done"
+
+
+def _goes_back(recipe: GrowthRecipe, setting: Setting, progress: Progress, rows: int) -> bool:
+    """Whether a spike at the latest step leads back to an earlier checkpoint, the newest from now on; told either way.
+
+    rows  samples of an update
+    """
+    from espalier.train import checkpoint, guards
+
+    run, remembered = setting.run, progress.guards
+    spike = f"Spike {remembered.sigmas:.1f} sigma at step {progress.step}"
+    first = progress.step - guards.LEADING
+    path = checkpoint.newest(run.folder, run.tell, until=first - 1)
+    if recipe.train.on_spike == "tell" or remembered.rewinds == guards.MOST_REWINDS or path is None:
+        run.log_metrics(step=progress.step, stage=progress.stage, spike=remembered.sigmas)
+        run.tell(f"{spike}; training goes on.")
+        return False
+    samples = progress.samples - (guards.LEADING + 1) * rows, progress.samples
+    earlier = checkpoint.pass_over(path, remembered, *samples)
+    run.charge("rewind", stage=progress.stage, step=progress.step)
+    run.log_metrics(
+        step=earlier.step, stage=earlier.stage, rewound_from=progress.step, spike=remembered.sigmas, skipped=samples
+    )
+    run.tell(f"{spike}: rewound to {earlier.step}, skipping batches {first}-{progress.step}")
+    return True
 
 
 def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
@@ -392,7 +430,7 @@ def _keep_stage(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
         return
     with files.whole_folder(path, need_bytes=memory.folder_bytes(state.spec, "float32")) as folder:
         build.save(state.model, folder, setting.tokenizer)
-        run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=vars(progress)))
+        run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=progress.counts))
     run.charge("checkpoint", stage=progress.stage, step=progress.step)
 
 
@@ -415,7 +453,7 @@ def _grow(
     std_of = recipe.parametrization.std_of(spec)
     layout = axes.discover(state.model.config.to_dict())
     model = apply.grow_model(state.model, growths, seed=recipe.seed + number, std_of=std_of)
-    progress = replace(state.progress, stage=number)
+    progress = replace(state.progress, stage=number, guards=state.progress.guards.anew())
     learns = operators.learns(growths)
     if learns:
         fitted = _fit(recipe, plan, setting, state.model, model, growths, progress)

@@ -10,10 +10,12 @@ Weights, optimizer, data cursor, random state and growth state are one unit with
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,7 @@ from espalier import files
 from espalier.errors import RunError
 from espalier.folder import ModelFolder
 from espalier.model import build
+from espalier.train.guards import Guards
 from espalier.train.optim import State
 
 TRAINER = "trainer"
@@ -31,13 +34,24 @@ SEPARATOR = "::"  # between a parameter's name and its quantity; neither contain
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps, samples drawn from the stream, tokens, model FLOPs, growth stage."""
+    """How far a run is: optimizer steps, place in the stream of samples, tokens, model FLOPs, growth stage; and what
+    its guards remember."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     stage: int = 0
+    guards: Guards = field(default_factory=Guards)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Progress:
+        return cls(**{**stored, "guards": Guards.from_json(stored["guards"])})
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """All of it but the guards."""
+        return {name: value for name, value in vars(self).items() if name != "guards"}
 
 
 def save(
@@ -79,13 +93,13 @@ def list_steps(run_folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def newest(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that matches its manifest; says which ones it passed over.
+def newest(run_folder: Path, tell: Callable[[str], None], *, until: float = math.inf) -> Path | None:
+    """The newest checkpoint, no later than step `until`, that matches its manifest; says which ones it passed over.
 
     None when there is none at all; `RunError` when there are some and every one is damaged.
     """
     passed_over: list[str] = []
-    for step in list_steps(run_folder):
+    for step in (step for step in list_steps(run_folder) if step <= until):
         path = run_folder / f"checkpoint-{step}"
         damage = files.damage(path)
         if damage is None:
@@ -111,5 +125,25 @@ def load(path: Path) -> tuple[PreTrainedModel, State, Progress]:
         name, _, key = flat_name.partition(SEPARATOR)
         state.setdefault(name, {})[key] = value
     torch.set_rng_state(load_file(path / TRAINER / "random.safetensors")["torch"])
-    progress = Progress(**json.loads((path / TRAINER / "progress.json").read_text()))
-    return model, state, progress
+    return model, state, _progress(path)
+
+
+def pass_over(path: Path, guards: Guards, begin: int, end: int) -> Progress:
+    """Make a checkpoint pass over samples [begin, end), and remember what `guards` do of rewinds; its progress.
+
+    Those of later steps are deleted.
+    """
+    progress = _progress(path)
+    progress = replace(progress, guards=guards.back_to(progress.guards, begin, end))
+    need = sum(file.stat().st_size for file in path.rglob("*"))
+    with files.whole_folder(path, need_bytes=need) as folder:
+        shutil.copytree(path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(files.MANIFEST))
+        files.write_json(folder / TRAINER / "progress.json", asdict(progress))
+    for step in list_steps(path.parent):
+        if step > progress.step:
+            shutil.rmtree(path.parent / f"checkpoint-{step}")
+    return progress
+
+
+def _progress(path: Path) -> Progress:
+    return Progress.from_json(json.loads((path / TRAINER / "progress.json").read_text()))

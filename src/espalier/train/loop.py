@@ -13,21 +13,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from espalier.data.stream import Batch, Stream
-from espalier.errors import NumericsError
 from espalier.ledger import Cost
 from espalier.run import Run
 from espalier.spec import ModelSpec
 from espalier.train.checkpoint import Progress
 from espalier.train.device import Device
+from espalier.train.guards import Broken, report
 from espalier.train.optim import Optimizer
 
 Objective = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None], Tensor]
-Ending = Literal["done", "budget", "signal"]
+Ending = Literal["done", "budget", "signal", "spike"]
 
 
 @dataclass
@@ -47,6 +46,7 @@ class Segment:
     rows, micro_rows  sequences of an update, and of one forward pass
     factor            of the learning rates
     level             of the masks that a growth has put on new slots, 1 where they are done with
+    spike_sigmas      how far out a loss is a spike
     """
 
     until_step: int
@@ -55,11 +55,15 @@ class Segment:
     flops_per_token: float
     factor: Callable[[int], float]
     level: Callable[[int], float] = lambda step: 1.0
+    spike_sigmas: float = math.inf
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one update was: mean loss (nats a token), gradient norm before clipping, rate factor, seconds."""
+    """What one update was: mean loss (nats a token), gradient norm before clipping, rate factor, seconds.
+
+    broken  why no update was made of it, where none was
+    """
 
     loss: float
     grad_norm: float
@@ -67,6 +71,7 @@ class Step:
     tokens: int
     flops: float
     seconds: float
+    broken: Broken | None = None
 
 
 Moment = Callable[[State, Step], None]
@@ -126,7 +131,10 @@ def train(
     meter: Meter,
     moments: Sequence[Moment] = (),
 ) -> Ending:
-    """Train until the segment's last step, the budget or a signal; the state is always that of a finished step."""
+    """Train until the segment's last step, the budget, a signal or a spike; the state is that of a finished step.
+
+    `NumericsError` when one update after the other isn't finite.
+    """
     try:
         while state.progress.step < segment.until_step:
             if meter.run.stop_signal is not None:
@@ -135,57 +143,58 @@ def train(
                 return "budget"
             step = update(state, stream, segment, objective, device)
             meter.count(state, step)
+            if step.broken:
+                report(meter.run, state.progress, step.broken)
             for moment in moments:
                 moment(state, step)
+            if state.progress.guards.sigmas > segment.spike_sigmas:
+                return "spike"
         return "done"
     finally:
         meter.flush(state)
 
 
 def update(state: State, stream: Stream, segment: Segment, objective: Objective, device: Device) -> Step:
-    """One optimizer step. `NumericsError` before any weight changes if the loss or a gradient isn't finite."""
+    """One optimizer step; no weight changes if the loss or a gradient isn't finite."""
     begin = time.perf_counter()
     progress = state.progress
-    batch = stream.batch(progress.samples, segment.rows)
+    start = progress.guards.next_samples(progress.samples, segment.rows)
+    batch = stream.batch(start, segment.rows)
     factor = segment.factor(progress.step)
     state.optimizer.set_factor(factor)
     state.optimizer.set_level(segment.level(progress.step))
-    loss = backward(state.model, batch, segment.micro_rows, objective, device)
-    grad_norm = float(state.optimizer.clip())
-    require_finite(loss, grad_norm, progress)
-    state.optimizer.step()
+    losses = backward(state.model, batch, segment.micro_rows, objective, device)
+    loss, grad_norm, broken = sum(losses), float(state.optimizer.clip()), None
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if finite:
+        state.optimizer.step()
+    else:
+        rows = stream.order(start, segment.rows)
+        broken = Broken(rows.tolist(), stream.take(rows), losses, state.optimizer.norms())
+        state.optimizer.discard()
     tokens = batch.input_ids.size
     flops = tokens * segment.flops_per_token
     state.progress = replace(
         progress,
         step=progress.step + 1,
-        samples=progress.samples + segment.rows,
+        samples=start + segment.rows,
         tokens=progress.tokens + tokens,
         flops=progress.flops + flops,
+        guards=progress.guards.after(loss, finite=finite, limit=segment.spike_sigmas),
     )
-    return Step(loss, grad_norm, factor, tokens, flops, time.perf_counter() - begin)
+    return Step(loss, grad_norm, factor, tokens, flops, time.perf_counter() - begin, broken)
 
 
-def backward(model: PreTrainedModel, batch: Batch, micro_rows: int, objective: Objective, device: Device) -> float:
-    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the mean loss."""
+def backward(
+    model: PreTrainedModel, batch: Batch, micro_rows: int, objective: Objective, device: Device
+) -> list[float]:
+    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the share of each in it."""
     labelled = int((batch.labels >= 0).sum())
-    total = torch.zeros((), device=device.kind)
+    losses: list[Tensor] = []
     for begin in range(0, len(batch.input_ids), micro_rows):
         inputs, labels, positions = device.tensors(batch.rows(begin, begin + micro_rows))
         with device.autocast():
             loss = objective(model, inputs, labels, positions) / labelled
         loss.backward()
-        total += loss.detach()
-    return float(total)
-
-
-def require_finite(loss: float, grad_norm: float, progress: Progress) -> None:
-    """Refuse an update from numbers that aren't finite."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise NumericsError(
-        f"step {progress.step + 1} (samples from {progress.samples})",
-        found=f"loss {loss}, gradient norm {grad_norm}",
-        expected="finite numbers",
-        mend="No update was made; what was saved before is intact. Lower optimizer.learning_rate under another name.",
-    )
+        losses.append(loss.detach())
+    return list(map(float, losses))

@@ -19,7 +19,8 @@ from espalier.train.validate import HeldOut
 
 
 class Log:
-    """A line in metrics.jsonl every `every` steps, under the field's keys; losses are means since the last line.
+    """A line in metrics.jsonl every `every` steps, under the field's keys; losses are means since the last line, of
+    updates that were made.
 
     peak_flops is the device's matmul peak (FLOP/s) for `mfu`; samples_per_epoch the rows of the training stream.
     """
@@ -30,8 +31,9 @@ class Log:
         self._steps: list[Step] = []
 
     def __call__(self, state: State, step: Step) -> None:
-        self._steps.append(step)
-        if state.progress.step % self.every:
+        if not step.broken:
+            self._steps.append(step)
+        if state.progress.step % self.every or not self._steps:
             return
         seconds = sum(s.seconds for s in self._steps)
         flops = sum(s.flops for s in self._steps)
@@ -40,7 +42,7 @@ class Log:
             step=progress.step,
             stage=progress.stage,
             loss=sum(s.loss for s in self._steps) / len(self._steps),
-            grad_norm=step.grad_norm,
+            grad_norm=self._steps[-1].grad_norm,
             learning_rate=self.learning_rate * step.factor,
             epoch=progress.samples / self.samples_per_epoch,
             num_tokens=progress.tokens,

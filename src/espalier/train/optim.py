@@ -79,17 +79,29 @@ class Optimizer:
             group["lr"] = group["peak"] * factor
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to `max_grad_norm` together; their norm before (a scalar)."""
+        """Scale the gradients down to `max_grad_norm` together, where it's finite; their norm before (a scalar)."""
         if self.masks:
             self.masks.scale_gradients()
-        return nn.utils.clip_grad_norm_(self.names, self.recipe.max_grad_norm)
+        norm = nn.utils.get_total_norm([weight.grad for weight in self.names if weight.grad is not None])
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(self.names, self.recipe.max_grad_norm, norm)
+        return norm
 
     def step(self) -> None:
         """Update the weights and drop the gradients."""
         with self.masks.lifted() if self.masks else contextlib.nullcontext():
             for part in self.parts:
                 part.step()
-                part.zero_grad(set_to_none=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradients; no weight changes."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def norms(self) -> dict[str, float]:
+        """Of each parameter's gradient."""
+        return {name: float(weight.grad.norm()) for weight, name in self.names.items() if weight.grad is not None}
 
     def state(self) -> State:
         """{parameter: {quantity: tensor}}, the live tensors; empty before the first step."""
