@@ -303,19 +303,21 @@ def _goes_back(recipe: GrowthRecipe, setting: Setting, progress: Progress, rows:
 
     run, remembered = setting.run, progress.guards
     spike = f"Spike {remembered.sigmas:.1f} sigma at step {progress.step}"
-    first = progress.step - guards.LEADING
-    path = checkpoint.newest(run.folder, run.tell, until=first - 1)
-    if recipe.train.on_spike == "tell" or remembered.rewinds == guards.MOST_REWINDS or path is None:
+    path = None
+    if recipe.train.on_spike == "rewind" and remembered.rewinds < guards.MOST_REWINDS:
+        path = checkpoint.newest(run.folder, run.tell, until=progress.step - guards.LEADING - 1)
+    if path is None:
         run.log_metrics(step=progress.step, stage=progress.stage, spike=remembered.sigmas)
         run.tell(f"{spike}; training goes on.")
         return False
-    samples = progress.samples - (guards.LEADING + 1) * rows, progress.samples
+    samples = progress.samples - (guards.LEADING + 1) * rows, progress.samples + guards.FOLLOWING * rows
     earlier = checkpoint.pass_over(path, remembered, *samples)
     run.charge("rewind", stage=progress.stage, step=progress.step)
     run.log_metrics(
         step=earlier.step, stage=earlier.stage, rewound_from=progress.step, spike=remembered.sigmas, skipped=samples
     )
-    run.tell(f"{spike}: rewound to {earlier.step}, skipping batches {first}-{progress.step}")
+    batches = f"{progress.step - guards.LEADING}-{progress.step + guards.FOLLOWING}"
+    run.tell(f"{spike}: rewound to {earlier.step}, skipping batches {batches}")
     return True
 
 

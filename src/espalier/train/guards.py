@@ -38,8 +38,8 @@ BEFORE_IT, WINDOW, FEWEST = 16, 128, 32
 NORMAL, LEAST = 1.4826, 0.002
 # Updates in a row that aren't finite before the run stops; bundles that are kept.
 MOST_BROKEN, KEPT = 3, 3
-# How often a run goes back, and the batches before that of a spike that are passed over with it.
-MOST_REWINDS, LEADING = 3, 8
+# How often a run goes back; the batches before and after that of a spike that are passed over with it.
+MOST_REWINDS, LEADING, FOLLOWING = 3, 9, 5
 BUNDLES = "nonfinite"
 SHOWN = 8  # rows in a message
 
