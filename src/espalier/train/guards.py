@@ -159,6 +159,17 @@ def report(run: Run, progress: Progress, broken: Broken) -> None:
     )
 
 
+def require_finite(held_out: float, step: int) -> None:
+    """Refuse a model whose held-out loss isn't finite: its weights aren't."""
+    if not math.isfinite(held_out):
+        raise NumericsError(
+            f"step {step}",
+            found=f"held-out loss {held_out}",
+            expected="a finite number",
+            mend="What was saved before is intact. Lower optimizer.learning_rate under another name.",
+        )
+
+
 def write_bundle(run_folder: Path, progress: Progress, broken: Broken) -> Path:
     """Write nonfinite/step-N into a run, bundle.json and batch.safetensors, and delete all but the newest few."""
     place = run_folder / BUNDLES

@@ -14,6 +14,7 @@ from espalier.budget.plan import Plan
 from espalier.ledger import Cost
 from espalier.run import Run
 from espalier.train.checkpoint import Progress
+from espalier.train.guards import require_finite
 from espalier.train.loop import Meter, State, Step
 from espalier.train.validate import HeldOut
 
@@ -71,12 +72,16 @@ class Validate:
             self.now(state)
 
     def now(self, state: State) -> HeldOut:
-        """Evaluate and log, whatever the step; once for a state, however often it is asked for."""
+        """Evaluate and log, whatever the step; once for a state, however often it is asked for.
+
+        `NumericsError` if the loss isn't finite.
+        """
         progress = state.progress
         if self._taken and self._taken[0] == progress:
             return self._taken[1]
         self.meter.flush(state)
         result = self.held_out(state)
+        require_finite(result.loss, progress.step)
         self._taken = progress, result
         self.run.charge(
             "evaluate", flops=result.tokens * self.flops_per_token, stage=progress.stage, step=progress.step
