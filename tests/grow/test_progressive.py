@@ -632,6 +632,12 @@ def test_a_run_goes_back_a_few_times_only(spiked, make_run, told):
     assert (outcome.state.progress.step, outcome.state.progress.guards.rewinds) == (220, 3)
 
 
+def test_a_growth_begins_a_new_window(carry_out):
+    outcome = carry_out(recipe_of(SMALL, LARGE | {"depth": "identity"}))
+    remembered = outcome.state.progress.guards
+    assert (len(remembered.losses), len(remembered.surprises)) == (6, 5)
+
+
 def test_a_spike_after_a_growth_may_lead_back_to_before_it(spiked, make_run, told):
     run = make_run()
     outcome = spiked(recipe_of(SMALL, LARGE | {"depth": "identity"}, steps=60), 100, run=run, save_steps=1000)
