@@ -4,24 +4,31 @@ import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tests.train.conftest import MUP
 
 from espalier import files
 from espalier.errors import NumericsError
 from espalier.ledger import Cost
-from espalier.run import METRICS, read_lines
+from espalier.model.build import build
+from espalier.recipe import Recipe
+from espalier.run import METRICS, Run, read_lines
 from espalier.train import guards
-from espalier.train.checkpoint import Progress, load, newest, pass_over, save
+from espalier.train.checkpoint import Progress, Saver, load, newest, pass_over
+from espalier.train.device import Device
 from espalier.train.guards import Guards
 from espalier.train.loop import Meter, State, train
 from espalier.train.moments import Log
 from espalier.train.objectives import NextToken
 from espalier.train.optim import Optimizer
+from espalier.train.parallel import Parallel, whole
+from espalier.train.recipe import OptimizerRecipe, ParallelRecipe
 
 LIMIT = 7.0
 SEEDS = (0, 1, 2)
@@ -239,9 +246,8 @@ def resume(begin, device):
 
     def resume(path) -> State:
         blank = begin()
-        model, moments, progress = load(path)
-        device.place(model)
-        optimizer = Optimizer(model, blank.spec, blank.optimizer.recipe, begin.__globals__["MUP"])
+        model, moments, progress = load(path, device)
+        optimizer = Optimizer(model, blank.spec, blank.optimizer.recipe, MUP)
         optimizer.load_state(moments)
         return State(blank.spec, model, optimizer, progress)
 
@@ -251,8 +257,14 @@ def resume(begin, device):
 @pytest.fixture
 def keep(tmp_path):
     """Save a state below tmp_path."""
-    told = {"tokenizer": None, "need_bytes": 0, "keep": 2}
-    return lambda state: save(tmp_path, state.model, state.optimizer.state(), state.progress, **told)
+
+    def keep(state: State) -> Path:
+        saver = Saver(tmp_path, tokenizer=None, keep=2)
+        saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=0)
+        saver.finish()
+        return tmp_path / f"checkpoint-{state.progress.step}"
+
+    return keep
 
 
 def test_a_loop_ends_at_a_spike_and_goes_on_from_there(begin, stream, segment, device, meter):
@@ -270,7 +282,7 @@ def test_a_resume_inside_what_is_passed_over_goes_on_with_the_same_samples(
 ):
     asked = []
     original = type(stream).batch
-    monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
+    monkeypatch.setattr(type(stream), "batch", lambda *args, **more: asked.append(args[1:]) or original(*args, **more))
     state = begin()
     train(state, stream, segment(4), next_token, device, meter)
     pass_over(keep(state), state.progress.guards, 22, 33)
@@ -298,3 +310,35 @@ def test_passing_over_keeps_the_state_and_deletes_what_came_later(begin, keep, r
     assert progress.guards == Guards(losses=(3.0,), rewinds=2, skipped=((20, 24), (40, 50)))
     again = resume(paths[0])
     assert again.progress == progress and same(weights(again), weights(state))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_one_rank_finds_no_rank_updates_by_and_it_is_named(ranks, spec, stream, segment, tmp_path, size):
+    def work(world):
+        parallel, device = Parallel.over(world, ParallelRecipe(), "cpu"), Device()
+        model = build(spec, MUP, seed=0)
+        device.place(model, parallel)
+        state = State(spec, model, Optimizer(model, spec, OptimizerRecipe(), MUP, parallel), Progress())
+        run = Run.start(tmp_path / f"run{size}", Recipe(), tell=print, world=world)
+        bad = world.rank == 1
+        objective = spoiled(*([1] if bad else []))
+        told = {"rows": 8, "micro_rows": 1}
+        arguments = (objective, device, Meter(run, Cost()), (), parallel)
+        train(state, stream, segment(1, **told), *arguments)  # the second micro-batch is spoiled, if there is one
+        first = [float(whole(weight.detach()).double().sum()) for weight in model.parameters()]
+        train(state, stream, segment(2, **told), *arguments)
+        second = [float(whole(weight.detach()).double().sum()) for weight in model.parameters()]
+        return [state.progress.step, state.progress.guards.broken, first, second]
+
+    answers = ranks(size, work)
+    assert all(answer == answers[0] for answer in answers)
+    bundle = tmp_path / f"run{size}" / guards.BUNDLES / "step-1"
+    known = json.loads((bundle / "bundle.json").read_text())
+    culprits = [number for number, loss in enumerate(known["losses"]) if loss == "nan"]
+    assert culprits == [size + 1], "dealt out in turn"
+    rows = stream.order(0, 8)
+    (line,) = (line for line in read_lines(tmp_path / f"run{size}" / METRICS) if "nonfinite" in line)
+    assert line["where"] == f"rank 1, row {rows[size + 1]} of the training split"
+    new = build(spec, MUP, seed=0)
+    assert answers[0][2] == [float(weight.detach().double().sum()) for weight in new.parameters()]
+    assert answers[0][3] != answers[0][2] and answers[0][1] == 0

@@ -111,14 +111,16 @@ class Guards:
 class Broken:
     """An update that wasn't made.
 
-    rows    numbers in the training split, in the batch's order
-    batch   those rows
-    losses  each micro-batch's share of the loss, dealt out to `ranks` in turn
-    norms   of each parameter's gradient
+    rows        numbers in the training split, in the batch's order
+    batch       those rows
+    micro_rows  of a micro-batch
+    losses      each micro-batch's share of the loss; they are dealt out to `ranks` in turn
+    norms       of each parameter's gradient
     """
 
     rows: list[int]
     batch: Batch
+    micro_rows: int
     losses: list[float]
     norms: dict[str, float]
     ranks: int = 1
@@ -135,7 +137,7 @@ class Broken:
         """
         spoiled = [number for number, loss in enumerate(self.losses) if not math.isfinite(loss)]
         spoiled = spoiled or list(range(len(self.losses)))
-        size = math.ceil(len(self.rows) / len(self.losses))
+        size = self.micro_rows
         rows = [row for number in spoiled for row in self.rows[number * size : (number + 1) * size]]
         ranks = {number % self.ranks for number in spoiled}
         rank = f"rank {ranks.pop()}, " if self.ranks > 1 and len(ranks) == 1 else ""
@@ -145,7 +147,8 @@ class Broken:
 
 def report(run: Run, progress: Progress, broken: Broken) -> None:
     """Say which update wasn't made, and leave what is known in the run; `NumericsError` after several in a row."""
-    path = write_bundle(run.folder, progress, broken)
+    path = run.folder / BUNDLES / f"step-{progress.step}"
+    run.world.led(lambda: write_bundle(path, progress, broken))
     run.log_metrics(step=progress.step, stage=progress.stage, nonfinite=broken.what, where=broken.where)
     run.tell(f"Non-finite {broken.what} at step {progress.step}, {broken.where}; no update made; bundle at {path}")
     if progress.guards.broken < MOST_BROKEN:
@@ -170,10 +173,8 @@ def require_finite(held_out: float, step: int) -> None:
         )
 
 
-def write_bundle(run_folder: Path, progress: Progress, broken: Broken) -> Path:
-    """Write nonfinite/step-N into a run, bundle.json and batch.safetensors, and delete all but the newest few."""
-    place = run_folder / BUNDLES
-    path = place / f"step-{progress.step}"
+def write_bundle(path: Path, progress: Progress, broken: Broken) -> None:
+    """Write bundle.json and batch.safetensors into a folder step-N, and delete all beside it but the newest few."""
     with files.whole_folder(path) as folder:
         arrays = {name: array for name, array in vars(broken.batch).items() if array is not None}
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / "batch.safetensors")
@@ -184,10 +185,9 @@ def write_bundle(run_folder: Path, progress: Progress, broken: Broken) -> Path:
             "norms": {name: _as_json(norm) for name, norm in broken.norms.items()},
         }
         files.write_json(folder / "bundle.json", known)
-    steps = sorted(int(path.name.removeprefix("step-")) for path in place.glob("step-*"))
+    steps = sorted(int(other.name.removeprefix("step-")) for other in path.parent.glob("step-*"))
     for step in steps[:-KEPT]:
-        shutil.rmtree(place / f"step-{step}")
-    return path
+        shutil.rmtree(path.with_name(f"step-{step}"))
 
 
 def _as_json(number: float) -> float | str:

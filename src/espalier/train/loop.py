@@ -24,6 +24,7 @@ from espalier.train.checkpoint import Progress
 from espalier.train.device import Device
 from espalier.train.guards import Broken, report
 from espalier.train.optim import Optimizer
+from espalier.train.parallel import ALONE, Pairs, Parallel, within
 
 Objective = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None], Tensor]
 Ending = Literal["done", "budget", "signal", "spike"]
@@ -96,6 +97,14 @@ class Meter:
         self._latest.clear()
         self._latest.extend((step, step))
 
+    def ended(self) -> Ending | None:
+        """Why there is no further step, on all ranks alike: a signal to any of them, or a budget that the leader sees
+        to be spent.
+        """
+        stopped, spent = self.run.world.largest(self.run.stop_signal or 0, not self.allows_another())
+        self.run.stop_signal = stopped or None
+        return "signal" if stopped else "budget" if spent else None
+
     def allows_another(self) -> bool:
         """Whether a step as dear as the second dearest of the latest could be paid, the reserve untouched.
 
@@ -130,6 +139,7 @@ def train(
     device: Device,
     meter: Meter,
     moments: Sequence[Moment] = (),
+    parallel: Parallel = ALONE,
 ) -> Ending:
     """Train until the segment's last step, the budget, a signal or a spike; the state is that of a finished step.
 
@@ -137,11 +147,9 @@ def train(
     """
     try:
         while state.progress.step < segment.until_step:
-            if meter.run.stop_signal is not None:
-                return "signal"
-            if not meter.allows_another():
-                return "budget"
-            step = update(state, stream, segment, objective, device)
+            if ending := meter.ended():
+                return ending
+            step = update(state, stream, segment, objective, device, parallel)
             meter.count(state, step)
             if step.broken:
                 report(meter.run, state.progress, step.broken)
@@ -154,25 +162,29 @@ def train(
         meter.flush(state)
 
 
-def update(state: State, stream: Stream, segment: Segment, objective: Objective, device: Device) -> Step:
+def update(
+    state: State, stream: Stream, segment: Segment, objective: Objective, device: Device, parallel: Parallel = ALONE
+) -> Step:
     """One optimizer step; no weight changes if the loss or a gradient isn't finite."""
     begin = time.perf_counter()
     progress = state.progress
     start = progress.guards.next_samples(progress.samples, segment.rows)
-    batch = stream.batch(start, segment.rows)
+    micro_rows = min(segment.micro_rows, segment.rows // parallel.data_ranks)
+    rank, ranks = parallel.data_rank, parallel.data_ranks
+    batch = stream.batch(start, segment.rows, rank=rank, ranks=ranks, together=micro_rows)
     factor = segment.factor(progress.step)
     state.optimizer.set_factor(factor)
     state.optimizer.set_level(segment.level(progress.step))
-    losses = backward(state.model, batch, segment.micro_rows, objective, device)
+    losses = backward(state.model, batch, micro_rows, objective, device, parallel)
     loss, grad_norm, broken = sum(losses), float(state.optimizer.clip()), None
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:
         state.optimizer.step()
     else:
         rows = stream.order(start, segment.rows)
-        broken = Broken(rows.tolist(), stream.take(rows), losses, state.optimizer.norms())
+        broken = Broken(rows.tolist(), stream.take(rows), micro_rows, losses, state.optimizer.norms(), ranks)
         state.optimizer.discard()
-    tokens = batch.input_ids.size
+    tokens = segment.rows * stream.sequence_length
     flops = tokens * segment.flops_per_token
     state.progress = replace(
         progress,
@@ -186,15 +198,26 @@ def update(state: State, stream: Stream, segment: Segment, objective: Objective,
 
 
 def backward(
-    model: PreTrainedModel, batch: Batch, micro_rows: int, objective: Objective, device: Device
+    model: PreTrainedModel,
+    batch: Batch,
+    micro_rows: int,
+    objective: Objective,
+    device: Device,
+    parallel: Parallel = ALONE,
 ) -> list[float]:
-    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the share of each in it."""
-    labelled = int((batch.labels >= 0).sum())
+    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the share of each in it.
+
+    batch  this rank's rows; the loss is the mean over all ranks' labels, and the shares are those of all
+    """
+    labelled = sum(int(row[0]) for row in parallel.gathered(int((batch.labels >= 0).sum())))
+    gradients = Pairs([weight for weight in model.parameters() if weight.requires_grad])
     losses: list[Tensor] = []
     for begin in range(0, len(batch.input_ids), micro_rows):
-        inputs, labels, positions = device.tensors(batch.rows(begin, begin + micro_rows))
+        inputs = device.tensors(batch.rows(begin, begin + micro_rows))
         with device.autocast():
-            loss = objective(model, inputs, labels, positions) / labelled
+            loss = within(model, objective, *inputs) / labelled
         loss.backward()
         losses.append(loss.detach())
-    return list(map(float, losses))
+        gradients.add(last=begin + micro_rows >= len(batch.input_ids))
+    rounds = zip(*parallel.gathered(*map(float, losses)), strict=True)
+    return [loss for ranks in rounds for loss in ranks]
