@@ -251,6 +251,8 @@ def tell(folder: Path) -> None:
     console.print("* estimated; from scratch: the same tokens at the final size throughout", style="dim")
     if story.expected and story.results:
         console.print(story.against_expectation(), highlight=False)
+    for note in story.guarded():
+        console.print(note, highlight=False)
     console.print(f"the whole run: {units.duration(total.seconds)}, {units.money(total.usd)}")
     for row in story.stages():
         loss = f", held-out loss {row.loss:.3f}" if row.loss is not None else ""

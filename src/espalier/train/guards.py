@@ -6,8 +6,8 @@ checkpoint and passed over the batches around it; only together with that state 
 
 How far is told by surprises: what a loss lies above the median of those just before it. The latest surprises, their
 median and median deviation, say what is usual, whatever the noise is, and whether the loss falls, stays or rises; one
-outlier changes none of these. Gradient norms aren't judged: those of healthy runs lie 11 deviations out, even in their
-logarithm (bench/2026-11-25-guards).
+outlier changes none of these. Gradient norms aren't judged: those of healthy runs lie up to 18 deviations out, even in
+their logarithm (bench/2026-11-25-guards).
 
 What is remembered is a plain value, part of a run's progress: a resumed run comes to the same verdicts.
 """
