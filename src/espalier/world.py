@@ -54,7 +54,10 @@ class World:
         import torch
         from torch import distributed
 
-        backend = "cpu:gloo"
+        if distributed.is_initialized():
+            yield
+            return
+        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank)
             backend = "cpu:gloo,cuda:nccl"
