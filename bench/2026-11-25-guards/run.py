@@ -128,12 +128,16 @@ def detection() -> list[dict[str, Any]]:
     return rows
 
 
+def carried_out(recipe: dict[str, Any], runs: Path) -> dict[str, Any]:
+    folder = runs / recipe["name"]
+    return arms.figures(folder) if (folder / RESULTS).exists() else arms.run(recipe, runs)
+
+
 def healthy(runs: Path) -> list[dict[str, Any]]:
     """How far out the losses of real runs are, and the logarithms of their gradient norms by the same measure."""
     rows = []
     for name, told in HEALTHY.items():
-        if not (runs / name / RESULTS).exists():
-            arms.run({"name": name, **RECIPE, **told}, runs)
+        carried_out({"name": name, **RECIPE, **told}, runs)
         lines = [line for line in read_lines(runs / name / METRICS) if "loss" in line]
         growths = {n for n in range(1, len(lines)) if lines[n]["stage"] != lines[n - 1]["stage"]}
         norms = [math.log(line["grad_norm"]) for line in lines]
@@ -195,7 +199,7 @@ def poisoned(runs: Path) -> list[dict[str, Any]]:
         train = {**RECIPE["train"], "on_spike": way, "save_steps": 50}
         told = {"name": name, "seed": seed, **RECIPE, "stages": [{**SMALL, "duration": "800k tokens"}], "train": train}
         with mock.patch.object(stream, "Stream", functools.partial(Poisoned, begin=begin, end=begin + ROWS * length)):
-            figures = arms.run(told, runs)
+            figures = carried_out(told, runs)
         lines = list(read_lines(runs / name / METRICS))
         rewinds = sum("rewound_from" in line for line in lines)
         told_only = sum("spike" in line for line in lines) - rewinds
