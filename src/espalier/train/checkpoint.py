@@ -385,7 +385,8 @@ def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | N
 
     Those of later steps are deleted. One rank does it.
     """
-    progress = _progress(path)
+    world = world or World()
+    progress = world.together(lambda: _progress(path))
     progress = replace(progress, guards=guards.back_to(progress.guards, begin, end))
 
     def rewrite() -> None:
@@ -397,7 +398,7 @@ def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | N
             if step > progress.step:
                 shutil.rmtree(path.parent / f"checkpoint-{step}")
 
-    (world or World()).led(rewrite)
+    world.led(rewrite)
     return progress
 
 
