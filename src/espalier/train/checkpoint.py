@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -367,9 +368,10 @@ def _like(weight: Tensor, shape: torch.Size) -> Tensor:
 def _read_parts(folder: Path, into: dict[str, Tensor]) -> None:
     """Read this rank's parts of tensors from the safetensors files of a folder."""
     reader = distributed_checkpoint.HuggingFaceStorageReader(str(folder))
-    distributed_checkpoint.load(
-        {name: tensor.detach() for name, tensor in into.items()}, storage_reader=reader, no_dist=True
-    )
+    parts = {name: tensor.detach() for name, tensor in into.items()}
+    with warnings.catch_warnings():  # each reads what it needs for itself, which is what the warning is about
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        distributed_checkpoint.load(parts, storage_reader=reader, no_dist=True)
 
 
 def _by_parameter(flat: Mapping[str, Tensor]) -> State:
