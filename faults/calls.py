@@ -286,7 +286,7 @@ class _Watched:
             return self._on_descriptor(process, number, arguments)
         name, places = BY_PATH[number]
         paths = [self._path(process, arguments, *place) for place in places]
-        if not any(path.startswith(self.below) for path in paths):
+        if not any(self._is_below(path) for path in paths):
             return None
         flags = {OPEN: arguments[1], OPENAT: arguments[2], CREAT: CHANGES}.get(number, 0)
         if name == "open" and not flags & CHANGES:
@@ -299,7 +299,7 @@ class _Watched:
         # A pipe, a socket or a terminal has no path below the folder.
         descriptor = _signed(arguments[0])
         path = self._target(descriptor)
-        if not path.startswith(self.below):
+        if not self._is_below(path) or path.endswith(" (deleted)"):
             return None
         name = BY_DESCRIPTOR[number]
         position, flags = self._position(descriptor)
@@ -314,6 +314,9 @@ class _Watched:
         if flags & os.O_APPEND:
             offset = os.stat(path).st_size  # noqa: PTH116
         return Call(name, path, offset=offset, data=data)
+
+    def _is_below(self, path: str) -> bool:
+        return f"{path}/".startswith(self.below)
 
     def _written(self, process: int, number: int, arguments: list[int]) -> Iterator[bytes]:
         """The bytes that a write is given."""

@@ -7,10 +7,10 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from espalier import files, recipe
-from espalier.data import tokenizer
 from espalier.data.pack import Tokens
 from espalier.dataset import Dataset
 from espalier.errors import UserError
@@ -82,30 +82,35 @@ def _copies(setting: Setting) -> list[Kept]:
     data, vocabulary = next((home / "data").glob("[!.]*")), next((home / "tokenizers").glob("[!.]*"))
     plain: dict[str, Callable[[Path], object]] = {
         RECIPE: recipe.stored,
-        PLAN: lambda path: read_json(path, None) or _gone(path),
-        LEDGER: lambda path: read(path) or _gone(path),
-        METRICS: lambda path: list(read_lines(path)) or _gone(path),
-        STATE: lambda path: read_json(path, None) or _gone(path),
-        RESULTS: lambda path: Report.load(path) if path.exists() else _gone(path),
+        PLAN: lambda path: read_json(_there(path), None),
+        LEDGER: lambda path: read(_there(path)),
+        METRICS: lambda path: list(read_lines(_there(path))),
+        STATE: lambda path: read_json(_there(path), None),
+        RESULTS: lambda path: Report.load(_there(path)),
     }
     return [
         Kept("checkpoint", newest, files.damage),
         Kept("model folder", run / FINAL, lambda path: ModelFolder.open(path) and None),
         Kept("dataset", data, lambda path: Dataset.open(path) and None),
-        Kept("tokenizer", vocabulary, lambda path: files.damage(path) or tokenizer.check(path)),
+        Kept("tokenizer", vocabulary, files.damage),
         *(
             Kept("tokens", path, lambda path: Tokens.open(path).verify())
             for path in sorted((home / "tokens").glob("[!.]*"))
         ),
-        *(
-            Kept(f"run folder: {name}", run / name, lambda path, work=work: work(path) and None, hashed=False)
-            for name, work in plain.items()
-        ),
+        *(Kept(f"run folder: {name}", run / name, partial(_read, work), hashed=False) for name, work in plain.items()),
     ]
 
 
-def _gone(path: Path) -> None:
-    raise FileNotFoundError(path)
+def _there(path: Path) -> Path:
+    """A file that isn't there is missed at once, or empty: the run has no other way to know."""
+    if not path.exists() or not path.read_bytes().strip():
+        raise FileNotFoundError(path)
+    return path
+
+
+def _read(work: Callable[[Path], object], path: Path) -> None:
+    """Read a file of which only a refusal counts."""
+    work(path)
 
 
 def _mutated(setting: Setting, kept: Kept, dice: random.Random) -> str | None:

@@ -30,10 +30,10 @@ class File:
     safe: bytes = b""
 
     def survives(self, dice: random.Random | None) -> bytes:
-        """The safe bytes, or torn ones: the new bytes up to some place."""
+        """The safe bytes, or torn ones: the new bytes up to some place behind what both have in common."""
         if dice is None or dice.random() < 0.5 or self.now == self.safe:
             return self.safe
-        return self.now[: dice.randint(0, len(self.now))]
+        return self.now[: dice.randint(_in_common(self.now, self.safe), len(self.now))]
 
 
 @dataclass(eq=False)
@@ -79,7 +79,10 @@ class Disk:
 
     def apply(self, call: Call) -> None:
         """Do what a call did."""
-        folder, name = self._find(call.path)
+        found = self._find(call.path)
+        if found is None or call.name in ("close", "chmod", "utime"):
+            return
+        folder, name = found
         entry = folder.now.get(name) if name else self.root
         if call.name == "open" and not isinstance(entry, Folder):
             if entry is None:
@@ -98,9 +101,12 @@ class Disk:
             self._change(call, entry)
 
     def _rename(self, call: Call, folder: Folder, name: str, entry: File | Folder) -> None:
-        target, new = self._find(call.other)
+        found = self._find(call.other)
+        assert found is not None, call
+        target, new = found
         safe = entry.is_safe() if isinstance(entry, Folder) else entry.now == entry.safe
-        if not safe and not new.startswith("."):
+        hidden = any(part.startswith(".") for part in Path(call.other).relative_to(self.place).parts)
+        if not safe and not hidden:
             self.early.append(call.other)
         entries = {key: value for key, value in folder.now.items() if key != name}
         if target is folder:  # one step: neither name nor both
@@ -119,13 +125,15 @@ class Disk:
             begun = file.now[: call.offset].ljust(call.offset, b"\0")
             file.now = begun + call.data + file.now[call.offset + len(call.data) :]
 
-    def _find(self, path: str) -> tuple[Folder, str]:
-        """The folder of a path and its last name; "" for the place itself."""
+    def _find(self, path: str) -> tuple[Folder, str] | None:
+        """The folder of a path and its last name, "" for the place itself; None if there's no such folder: a call that
+        failed, as the first of those that make a folder and its parents."""
         parts = Path(path).relative_to(self.place).parts
         folder = self.root
         for part in parts[:-1]:
-            below = folder.now[part]
-            assert isinstance(below, Folder), path
+            below = folder.now.get(part)
+            if not isinstance(below, Folder):
+                return None
             folder = below
         return folder, parts[-1] if parts else ""
 
@@ -199,3 +207,10 @@ def _contents(folder: Folder) -> dict[str, object]:
     return {
         name: _contents(entry) if isinstance(entry, Folder) else entry.now for name, entry in sorted(folder.now.items())
     }
+
+
+def _in_common(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with."""
+    return next(
+        (n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
+    )

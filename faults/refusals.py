@@ -13,7 +13,7 @@ from faults.sheet import Row
 from faults.small import Setting
 
 SOURCE = Path(espalier.__file__).parent
-KINDS = {kind.__name__ for kind in (errors.UserError, *errors.UserError.__subclasses__())}
+KINDS = {"UserError", *(kind.__name__ for kind in errors.UserError.__subclasses__())}
 KEYS = ("found", "expected", "mend")
 
 

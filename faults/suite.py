@@ -58,7 +58,8 @@ def carry_out(names: Sequence[str], place: Path, *, seed: int, share: float) -> 
     small = Small.make(place / "small")
     gc.collect()
     gc.freeze()  # what is warm stays shared with the forks
-    waiting, running = list(enumerate(names)), {}
+    waiting = list(enumerate(names))
+    running: dict[int, int] = {}
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
             number, name = waiting.pop(0)

@@ -51,7 +51,7 @@ def kills(setting: Setting) -> list[Row]:
     count, kinds = Count(), writers(setting.small)
     for writer in kinds:
         for fault in ("kill", "torn"):
-            _sweep(setting, writer, fault, count)  # type: ignore[arg-type]
+            _sweep(setting, writer, fault, count)
     tried = (
         f"SIGKILL at every file call of {len(kinds)} writers: {count.trials} kills, a write cut in half in a half of "
         f"them; {count.again} second kills in the recovery"
@@ -66,7 +66,7 @@ def disk_errors(setting: Setting) -> list[Row]:
     for fault in ("ENOSPC", "EIO"):
         count, kinds = Count(), writers(setting.small)
         for writer in kinds:
-            _sweep(setting, writer, fault, count)  # type: ignore[arg-type]
+            _sweep(setting, writer, fault, count)
         tried = f"{fault} from every file call of {len(kinds)} writers: {count.trials} errors, {count.refused} refused"
         figure = f"{count.figure('wrong')}; slowest {count.slowest:.1f} s"
         wanted = f"0 damaged older files, ResourceError, done again the same end; exit <= {MOST_SECONDS:g} s"
@@ -249,7 +249,7 @@ def _ratio(place: Path, spec: ModelSpec, model: Any) -> float:
 
     ratios = []
     for name in ("muon", "adamw"):
-        recipe = OptimizerRecipe(name=name)  # type: ignore[arg-type]
+        recipe = OptimizerRecipe(name=name)
         optimizer = Optimizer(model, spec, recipe, Parametrization())
         for weight in model.parameters():
             weight.grad = weight.detach() * 0 + 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,11 @@ def writers(small: Small) -> list[Writer]:
     parent = small.run / FINAL
     steps = sorted(checkpoint.list_steps(small.run))
     model, moments, _ = checkpoint.load(small.run / f"checkpoint-{steps[-1]}")
-    saved = {"tokenizer": None, "need_bytes": 1, "keep": 2}
+    save = partial(checkpoint.save, model=model, optimizer_state=moments, tokenizer=None, need_bytes=1, keep=2)
 
     def checkpoints(place: Path) -> None:
         for step in (3, 5):
-            at = checkpoint.Progress(step=step)
-            checkpoint.save(place, model, moments, at, **saved)  # type: ignore[arg-type]
+            save(place, progress=checkpoint.Progress(step=step))
 
     def export(place: Path) -> None:
         with files.whole_folder(place / FINAL, need_bytes=1) as folder:
@@ -95,7 +95,7 @@ def writers(small: Small) -> list[Writer]:
         Writer(
             "a checkpoint (save, prune)",
             checkpoints,
-            lambda place: checkpoint.save(place, model, moments, checkpoint.Progress(step=7), **saved),  # type: ignore
+            lambda place: save(place, progress=checkpoint.Progress(step=7)),
             _checkpoints,
         ),
         Writer("the export (final/)", nothing, export, lambda place: _whole(place / FINAL)),
