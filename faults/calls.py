@@ -143,6 +143,11 @@ def watch(work: Work, below: Path, *, at: int = 0, fault: Fault = "kill") -> End
     return _ended(said, status, time.monotonic() - began, watched.calls)
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies."""
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
 def _start(work: Work, *, traced: bool) -> tuple[int, int]:
     """Fork a child that does the work and says how it went through a pipe: (where to read that, its id)."""
     reading, writing = os.pipe()
@@ -151,6 +156,7 @@ def _start(work: Work, *, traced: bool) -> tuple[int, int]:
         os.close(writing)
         return reading, child
     os.close(reading)
+    end_with_parent()
     gc.disable()  # to look at what the parent has would copy its memory
     signal.alarm(60)
     for descriptor in (1, 2):

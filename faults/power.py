@@ -140,7 +140,7 @@ class Disk:
 
 def power_loss(setting: Setting) -> list[Row]:
     """Cut the power after every call of every writer; what is there then must be the old state or the new one."""
-    replays, early, wrong, unlike = 0, [], [], []
+    replays, early, wrong, unlike, unsafe = 0, [], [], [], []
     kinds = writers(setting.small)
     for writer in kinds:
         prepared = setting.folder("prepared")
@@ -162,12 +162,17 @@ def power_loss(setting: Setting) -> list[Row]:
                     f"{writer.name}, after call {number + 1} ({call.name} {Path(call.path).name}): {said}"
                 ] * bool(said)
         early += disk.early
+        if _replayed(setting, disk, writer, after, after, None) or not _is(writer, setting.place / "replayed", after):
+            unsafe.append(writer.name)
         if _contents(disk.root) != _contents(_read(calm)):
             unlike.append(writer.name)
     tried = f"power loss after every file call of {len(kinds)} writers: {replays} replays"
     return [
         Row("F3", tried, f"{len(wrong)} bad replays", "0", not wrong, "; ".join(wrong[:3])),
         Row("F3", "renames of what wasn't flushed", str(len(early)), "0", not early, "; ".join(sorted(set(early))[:3])),
+        Row(
+            "F3", "writers whose work isn't safe when they return", str(len(unsafe)), "0", not unsafe, "; ".join(unsafe)
+        ),
         Row(
             "F3",
             "writers whose recorded calls, replayed, come to other bytes than they wrote",
@@ -191,6 +196,11 @@ def _replayed(
     except Exception as error:
         return f"damaged: {error}"[:200]
     return "" if writer.between or outcome in (before, after) else f"another state ({outcome})"[:200]
+
+
+def _is(writer: Writer, place: Path, outcome: object) -> bool:
+    """Whether what is there is just this."""
+    return bool(writer.outcome(place) == outcome)
 
 
 def _read(place: Path) -> Folder:

@@ -26,6 +26,7 @@ from faults.writers import Writer, writers
 
 MOST_SECONDS = 5.0
 SHOWN = 3
+HEADS = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
 AGAIN = 0.3  # the share of trials after which the writer is called again
 
 
@@ -229,9 +230,9 @@ def _mount_tmpfs(place: Path, size: int) -> None:
 def _estimate(setting: Setting) -> list[Row]:
     """The space that is asked for before a checkpoint is written, beside what it takes."""
     worst, sizes = 0.0, []
-    for hidden, layers in ((128, 4), (256, 6)):
+    for hidden, layers in ((128, 4), (128, 16)):
         spec = ModelSpec.stated(
-            {"family": "granite", "vocab_size": 2048, "hidden_size": hidden, "num_hidden_layers": layers},
+            {"family": "granite", "vocab_size": 2048, "hidden_size": hidden, "num_hidden_layers": layers} | HEADS,
             where="faults",
         )
         model = build.build(spec, Parametrization(), seed=1)

@@ -317,9 +317,12 @@ def _require_reserve(plan: Plan, setting: Setting) -> None:
 
 
 def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
+    import torch
+
     from espalier.model import build
     from espalier.train.checkpoint import Progress
 
+    torch.manual_seed(recipe.seed)  # whatever planning has drawn, which a run that is begun again doesn't repeat
     spec = plan.stages[0].spec
     eos_id = setting.train_stream.eos_id
     model = build.build(spec, recipe.parametrization, seed=recipe.seed, eos_token_id=eos_id)
