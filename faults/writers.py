@@ -142,9 +142,11 @@ def _whole(path: Path) -> Any:
 
 
 def _spend(place: Path, entries: int) -> None:
+    """As a run does it, which says what the disk said."""
     ledger = Ledger(place / "ledger.jsonl")
     while len(ledger.entries) < entries:
-        ledger.add(Entry("train", Cost(tokens=1.0 + len(ledger.entries))))
+        with files.disk_errors(place):
+            ledger.add(Entry("train", Cost(tokens=1.0 + len(ledger.entries))))
 
 
 def _spent(place: Path) -> Any:
@@ -169,10 +171,10 @@ def _begin_and_end(place: Path) -> None:
 
 
 def _status(place: Path) -> Any:
-    """A begun run's ledger can be read, and its status is one of the two."""
+    """A begun run's ledger can be read, and its status is one that a run may have."""
     read(place / "run" / "ledger.jsonl")
     status = read_json(place / "run" / "state.json", {"status": "running"})["status"]
-    assert status in ("running", "finished"), status
+    assert status in ("running", "finished", "failed"), status
     return status, (place / "run" / RECIPE).exists()
 
 
