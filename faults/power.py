@@ -166,7 +166,7 @@ def power_loss(setting: Setting) -> list[Row]:
             unsafe.append(writer.name)
         if _contents(disk.root) != _contents(_read(calm)):
             unlike.append(writer.name)
-    tried = f"power loss after every file call of {len(kinds)} writers: {replays} replays"
+    tried = f"power loss after file calls of {len(kinds)} writers: {replays} replays"
     return [
         Row("F3", tried, f"{len(wrong)} bad replays", "0", not wrong, "; ".join(wrong[:3])),
         Row("F3", "renames of what wasn't flushed", str(len(early)), "0", not early, "; ".join(sorted(set(early))[:3])),

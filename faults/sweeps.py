@@ -35,6 +35,7 @@ class Count:
     """What came of trials, and the first few that went wrong."""
 
     trials: int = 0
+    possible: int = 0
     again: int = 0
     refused: int = 0
     slowest: float = 0.0
@@ -54,8 +55,8 @@ def kills(setting: Setting) -> list[Row]:
         for fault in ("kill", "torn"):
             _sweep(setting, writer, fault, count)
     tried = (
-        f"SIGKILL at every file call of {len(kinds)} writers: {count.trials} kills, a write cut in half in a half of "
-        f"them; {count.again} second kills in the recovery"
+        f"SIGKILL at file calls of {len(kinds)} writers, and in the middle of writes: {count.trials} of "
+        f"{count.possible} places; {count.again} second kills in the recovery"
     )
     wanted = "0 losses of the last good state; done again, the same end"
     return [Row("G1", tried, count.figure("losses"), wanted, not count.wrong, count.why())]
@@ -68,7 +69,10 @@ def disk_errors(setting: Setting) -> list[Row]:
         count, kinds = Count(), writers(setting.small)
         for writer in kinds:
             _sweep(setting, writer, fault, count)
-        tried = f"{fault} from every file call of {len(kinds)} writers: {count.trials} errors, {count.refused} refused"
+        tried = (
+            f"{fault} from file calls of {len(kinds)} writers: {count.trials} of {count.possible} places, "
+            f"{count.refused} refused"
+        )
         figure = f"{count.figure('wrong')}; slowest {count.slowest:.1f} s"
         wanted = f"0 damaged older files, ResourceError, done again the same end; exit <= {MOST_SECONDS:g} s"
         rows.append(Row("G1", tried, figure, wanted, not count.wrong and count.slowest <= MOST_SECONDS, count.why()))
@@ -85,6 +89,7 @@ def _sweep(setting: Setting, writer: Writer, fault: Fault, count: Count) -> None
     assert whole.error is None, whole.error
     after, dice = _outcome(writer, calm), setting.dice(f"{writer.name} {fault}")
     numbers = [n for n, call in enumerate(whole.calls, start=1) if fault != "torn" or call.name == "write"]
+    count.possible += len(numbers)
     for number in setting.some(numbers):
         trial = fresh(prepared, setting.place / "trial")
         end = setting.seen(calls.watch(partial(writer.write, trial), trial, at=number, fault=fault))

@@ -68,8 +68,9 @@ def save(
         files.write_json(folder / TRAINER / "progress.json", asdict(progress))
     steps = list_steps(run_folder)
     kept = [step for step in steps if step <= progress.step][:keep]
-    for step in set(steps).difference(kept):
-        shutil.rmtree(run_folder / f"checkpoint-{step}")
+    with files.disk_errors(run_folder):
+        for step in set(steps).difference(kept):
+            shutil.rmtree(run_folder / f"checkpoint-{step}")
     return path
 
 
