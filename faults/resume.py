@@ -41,7 +41,8 @@ def matrix(setting: Setting) -> list[Row]:
             tried += 1
             if end.result != 0 or ends_with(runs / NAME) != ends_with(calm_runs / NAME):
                 wrong.append(f"{optimizer}, {operator}, {moment}: {end.error or 'other bits'}")
-    what = f"resume matrix at one rank: {len(OPTIMIZERS)} optimizers x {len(INTO)} operators x {len(STOPS)} moments, {tried} cells tried"
+    of = f"{len(OPTIMIZERS)} optimizers x {len(INTO)} operators x {len(STOPS)} moments"
+    what = f"resume matrix at one rank, {tried} cells: {of}"
     figure = f"{tried - len(wrong)} of {tried} cells bit-equal"
     return [Row("G3", what, figure, "100% of the cells", not wrong, "; ".join(wrong[:3]))]
 
