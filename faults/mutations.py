@@ -39,7 +39,11 @@ class Kept:
 def mutations(setting: Setting) -> list[Row]:
     """Mutate one file, open what it belongs to, put it back."""
     dice, all_kept = setting.dice("mutations"), _copies(setting)
-    found, missed, tried = 0, [], max(len(all_kept) * 2, round(MUTATIONS * setting.share))
+    found, missed, tried = (
+        0,
+        [],
+        max(len(all_kept) * 2, round(MUTATIONS * min(1.0, 10 * setting.share))),
+    )  # cheap: a tenth of the rest has all
     plain_tried, plain_found = 0, 0
     for number in range(tried):
         kept = all_kept[number % len(all_kept)]

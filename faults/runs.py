@@ -52,7 +52,7 @@ def call_kills(setting: Setting) -> list[Row]:
         elif ends_with(runs / NAME) != calm:
             wrong.append(f"{where}: other bits")
     tried = f"SIGKILL at {len(numbers)} of the {len(whole.calls)} file calls of a run of 3 stages, then run to its end"
-    why = "; ".join([*wrong, "a sample, evenly spread; each writer's own calls are all tried above"])
+    why = "; ".join([*wrong, "a sample, evenly spread over the run"])
     return [Row("G1", tried, f"{len(wrong)} lost or with other bits", "0", not wrong, why)]
 
 
