@@ -245,7 +245,7 @@ def test_several_devices_cost_more_a_second_and_take_less_time(job):
 
 
 def test_what_does_not_fit_one_device_may_fit_several(job):
-    large = ("stages.1.hidden_size=2048", "stages.1.num_hidden_layers=36")
+    large = ("stages.1.hidden_size=2048", "stages.1.num_hidden_layers=48")
     with pytest.raises(BudgetError, match="memory"):
         job(*large, key="t4")
     with pytest.raises(BudgetError, match="each of 2 processes"):
