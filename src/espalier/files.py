@@ -97,18 +97,25 @@ def whole_folder(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
 
     An existing folder at `path` is replaced only then. `need_bytes` is checked against the free space first.
     """
+    partial = new_folder(path, need_bytes=need_bytes)
+    with disk_errors(path, need_bytes):
+        try:
+            yield partial
+            put_in_place(path, partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def new_folder(path: Path, *, need_bytes: int = 0) -> Path:
+    """An empty folder beside `path`, to be filled and put in its place; `ResourceError` if the disk is too full."""
     partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     with disk_errors(path, need_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         require_space(path.parent, need_bytes)
         shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
-            yield partial
-            _put_in_place(path, partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        partial.mkdir()
+    return partial
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def resumable_folder(path: Path, key: str, *, need_bytes: int = 0) -> Iterator[J
                 require_space(place, need_bytes - journal.bytes)
                 journal.folder.mkdir(exist_ok=True)
                 yield journal
-                _put_in_place(path, journal.folder, journal.finished)
+                put_in_place(path, journal.folder, journal.finished)
                 journal.path.unlink(missing_ok=True)
             except BaseException:
                 journal.clear()
@@ -208,8 +215,11 @@ def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]] | None = No
     write_json(folder / MANIFEST, {"files": entries})
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that should match its manifest, in a line; None when it matches."""
+def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a folder that should match its manifest, in a line; None when it matches.
+
+    Of several `parts` of its files, by one of which a rank may be satisfied, only one is read.
+    """
     try:
         entries = json.loads((folder / MANIFEST).read_text())["files"].items()
         recorded = [(name, {"bytes": entry["bytes"], "sha256": entry["sha256"]}) for name, entry in entries]
@@ -217,7 +227,7 @@ def damage(folder: Path) -> str | None:
         return f"{folder.name} has no {MANIFEST}: it was never finished"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder.name}/{MANIFEST} can't be read"
-    for name, entry in recorded:
+    for name, entry in recorded[part::parts]:
         path = folder / name
         if not path.is_file():
             return f"{folder.name}/{name} is missing"
@@ -282,6 +292,12 @@ def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:
     )
 
 
+def written(path: Path) -> dict[str, Any]:
+    """What a manifest records of a file that is complete; it is on the disk when this returns."""
+    _sync(path)
+    return _entry(path, sha256(path))
+
+
 def _entry(path: Path, sha256: str) -> dict[str, Any]:
     return {"sha256": sha256, "bytes": path.stat().st_size}
 
@@ -317,7 +333,7 @@ def _only_writer(path: Path, place: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def _put_in_place(path: Path, new: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+def put_in_place(path: Path, new: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
     """Give a folder that is complete its manifest, flush it to the disk and rename it to `path`."""
     write_manifest(new, known)
     for entry in new.rglob("*"):

@@ -20,13 +20,17 @@ from espalier.budget import flops, memory
 from espalier.budget.plan import Plan
 from espalier.data.prepare import Corpus, corpus
 from espalier.grow.progressive import grow_run
-from espalier.planner import PlannedRecipe, Settled
+from espalier.planner import Machine, PlannedRecipe, Settled
 from espalier.report import Report
 from espalier.run import FINAL, RESULTS, Run
+from espalier.world import World
 
 if TYPE_CHECKING:
     from espalier.grow.progressive import Outcome
+    from espalier.train.parallel import Parallel
 
+# Seconds after which a rank gives up waiting for another: longer than anything that one does alone.
+PATIENCE = 6 * 3600.0
 MOST_EVAL_TOKENS = 2**20
 
 
@@ -54,20 +58,29 @@ class PretrainRecipe(PlannedRecipe):
 
 
 def main(path: Path, overrides: list[str], *, runs: Path, dry_run: bool, tell: Callable[[str], None]) -> int:
-    """Carry out a recipe file; the exit code."""
-    resolved = recipe.load(PretrainRecipe, path, overrides)
-    if dry_run:
-        tell(recipe.dump(resolved))
-        tell(planner.priced(resolved))
-        return 0
-    began = psutil.Process().create_time()
-    with Run.start(
-        runs / resolved.name, resolved, cap=resolved.budget.cap(), tell=tell, since=began, may_change="budget"
-    ) as run:
-        if run.state["status"] == "finished":
-            tell(f"{run.folder} is finished; nothing to do. Change the name to run it again.")
+    """Carry out a recipe file, by all the processes that torchrun started; the exit code."""
+    world = World.here()
+    with world.joined(seconds=PATIENCE):
+        resolved = world.together(lambda: recipe.load(PretrainRecipe, path, overrides))
+        if dry_run:
+            if world.leads:
+                tell(recipe.dump(resolved))
+                tell(planner.priced(resolved))
             return 0
-        return pretrain(resolved, run)
+        began = psutil.Process().create_time()
+        with Run.start(
+            runs / resolved.name,
+            resolved,
+            cap=resolved.budget.cap(),
+            tell=tell,
+            since=began,
+            may_change="budget",
+            world=world,
+        ) as run:
+            if world.told(run.state["status"] if world.leads else None) == "finished":
+                run.tell(f"{run.folder} is finished; nothing to do. Change the name to run it again.")
+                return 0
+            return pretrain(resolved, run)
 
 
 def pretrain(resolved: PretrainRecipe, run: Run) -> int:
@@ -75,31 +88,47 @@ def pretrain(resolved: PretrainRecipe, run: Run) -> int:
     from espalier import story
 
     here = planner.machine(resolved, run)
+    parallel = _parallel(resolved, here, run)
     run.charge("start")
-    planner.settle(resolved, here, run)  # refuses what can't be done before anything goes into data
+    planner.settle(resolved, here, run, parallel)  # refuses what can't be done before anything goes into data
     run.charge("plan")
 
-    text = corpus(resolved.data, home=files.home(), tell=run.tell)
+    text = run.world.in_turn(lambda: corpus(resolved.data, home=files.home(), tell=run.tell))
     run.charge("data")
 
-    settled = planner.settle(resolved, here, run)
-    settled.keep(run)
-    story.tell_plan(settled.plan, run.ledger.cap)
+    settled = planner.settle(resolved, here, run, parallel)
+    run.world.led(lambda: settled.keep(run))
+    run.world.led(lambda: story.tell_plan(settled.plan, run.ledger.cap))
     run.charge("plan")
 
     with run.signals():  # until here there is nothing to save
-        outcome = _grow(resolved, settled, text, run)
+        outcome = _grow(resolved, settled, text, run, parallel)
     if outcome.ending == "signal":
         return _interrupted(run)
-    _export(resolved, settled, outcome, text.tokenizer, run)
+    _export(resolved, settled, outcome, text.tokenizer, run, parallel)
+    run.world.led(lambda: _tell_end(outcome, run))
+    return errors.EXIT_BUDGET_SPENT if outcome.ending == "budget" else 0
+
+
+def _parallel(resolved: PretrainRecipe, here: Machine, run: Run) -> Parallel:
+    """How the ranks share the training."""
+    from espalier.train.parallel import Parallel
+
+    parallel = Parallel.of(run.world, resolved.train.parallel, here.hardware.kind)
+    parallel.require_rows(resolved.rows)
+    return parallel
+
+
+def _tell_end(outcome: Outcome, run: Run) -> None:
+    from espalier import story
+
     page = story.write_page(run.folder)
     run.finish("finished", {"done": "", "budget": "the budget was spent"}[outcome.ending])
     story.tell(run.folder)
     run.tell(f"model   {run.folder / FINAL}\nreport  {page.resolve()}")
-    return errors.EXIT_BUDGET_SPENT if outcome.ending == "budget" else 0
 
 
-def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) -> Outcome:
+def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run, parallel: Parallel) -> Outcome:
     """The growth run on the corpus, with its streams, its held-out loss and its reserve."""
     from espalier.data import tokenizer
     from espalier.data.stream import Stream
@@ -128,7 +157,14 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
 
     def held_out(state: State) -> HeldOut:
         return validate(
-            state.model, held_out_stream, lengths, objective, device, rows=rows, micro_rows=resolved.micro_rows
+            state.model,
+            held_out_stream,
+            lengths,
+            objective,
+            device,
+            rows=rows,
+            micro_rows=resolved.micro_rows,
+            parallel=parallel,
         )
 
     last = settled.plan.stages[-1]
@@ -144,8 +180,9 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run) ->
         end=settled.machine.rates.cost(planner.EXPORT_SECONDS),
         share=resolved.budget.reserve,
         peak_flops=settled.machine.hardware.peak_flops[device.compute],
-        terminal=sys.stdout.isatty(),
-        keep=lambda plan: replace(settled, plan=plan).keep(run),
+        terminal=sys.stdout.isatty() and run.world.leads,
+        keep=lambda plan: run.world.led(lambda: replace(settled, plan=plan).keep(run)),
+        parallel=parallel,
         changed=settled.changed,
     )
     return grow_run(resolved, settled.plan, setting)
@@ -164,12 +201,14 @@ def _eval_tokens(resolved: PretrainRecipe, plan: Plan) -> int:
     return int(min(max(affordable, least), MOST_EVAL_TOKENS))
 
 
-def _export(resolved: PretrainRecipe, settled: Settled, outcome: Outcome, vocabulary: Path, run: Run) -> None:
+def _export(
+    resolved: PretrainRecipe, settled: Settled, outcome: Outcome, vocabulary: Path, run: Run, parallel: Parallel
+) -> None:
     """The final model folder, with results, samples, made.json and card."""
     from espalier.card import model_card
     from espalier.data import tokenizer
     from espalier.infer.sample import complete
-    from espalier.model import build
+    from espalier.train import checkpoint
 
     state = outcome.state
     model = state.model
@@ -182,11 +221,10 @@ def _export(resolved: PretrainRecipe, settled: Settled, outcome: Outcome, vocabu
     prompts = resolved.samples.prompts
     completions = complete(model, tokenizer.load(vocabulary), prompts, max_new_tokens=resolved.samples.max_new_tokens)
     results.context["samples"] = [list(pair) for pair in zip(prompts, completions, strict=True)]
-    results.save(run.folder / RESULTS)
+    run.world.led(lambda: results.save(run.folder / RESULTS))
     run.charge("evaluate")
-    need = memory.folder_bytes(state.spec, "float32")
-    with files.whole_folder(run.folder / FINAL, need_bytes=need) as folder:
-        build.save(model, folder, vocabulary)
+
+    def describe(folder: Path) -> None:
         made: dict[str, Any] = run.made(
             "pretrain",
             seed=resolved.seed,
@@ -198,6 +236,15 @@ def _export(resolved: PretrainRecipe, settled: Settled, outcome: Outcome, vocabu
         parameters = flops.parameters(state.spec)
         card = model_card(run.name, state.spec.family, state.spec, parameters, made, results)
         files.write_text(folder / "README.md", card)
+
+    checkpoint.save_model(
+        run.folder / FINAL,
+        model,
+        tokenizer=vocabulary,
+        need_bytes=memory.folder_bytes(state.spec, "float32"),
+        also=describe,
+        parallel=parallel,
+    )
     run.charge("export")
 
 

@@ -16,6 +16,7 @@ from pydantic import model_validator
 
 from espalier import files, units
 from espalier.budget import flops, hardware, memory, price
+from espalier.budget.hardware import Hardware
 from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
 from espalier.data.prepare import DataRecipe
 from espalier.errors import BudgetError
@@ -23,9 +24,11 @@ from espalier.grow.progressive import GrowthRecipe
 from espalier.ledger import Cap, Cost, Rates
 from espalier.run import PLAN, Run, read_json
 from espalier.spec import ModelSpec
+from espalier.world import SINGLE, World
 
 if TYPE_CHECKING:
     from espalier.train.device import Attention, Device
+    from espalier.train.parallel import Parallel
     from espalier.train.probe import Speed
 
 # What the samples, the export and the page take; it is kept back, before the recipe's reserve.
@@ -105,8 +108,13 @@ class Settled:
 
 def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
     """The machine at hand at the recipe's prices; a run, if given, is charged at them from now on."""
-    here = at_prices(recipe, hardware.here(home=files.home()))
-    if run:
+    world = run.world if run else SINGLE
+    row = world.in_turn(lambda: hardware.here(home=files.home()))
+    row = Hardware(**world.told(asdict(row)))  # the leader's, of which all machines are taken to be
+    if world.size > 1:
+        row = row.part(world.size if row.kind == "cuda" else world.machines)
+    here = at_prices(recipe, row)
+    if run and run.world.leads:
         meter = price.best_meter(here.hardware)
         run.price(here.rates, (lambda: recipe.budget.pue * meter.read_kwh()) if meter.measured else None)
     return here
@@ -125,11 +133,14 @@ def at_prices(recipe: PlannedRecipe, row: hardware.Hardware) -> Machine:
     return Machine(row, rates)
 
 
-def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
-    """The plan for what is left of the budget, and the device to carry it out on; plan.json's, once there is one."""
+def settle(recipe: PlannedRecipe, here: Machine, run: Run, parallel: Parallel | None = None) -> Settled:
+    """The plan for what is left of the budget, and the device to carry it out on; plan.json's, once there is one.
+
+    parallel  the ranks that share the training; all of them have to call this
+    """
     from espalier.train.device import Device
 
-    kept = read_json(run.folder / PLAN, None)
+    kept = run.world.told(read_json(run.folder / PLAN, None) if run.world.leads else None)
     if kept:
         made_for = Cap(**kept["cap"]), Rates(**{**kept["rates"], "measured": tuple(kept["rates"]["measured"])})
         return Settled(
@@ -139,14 +150,15 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run) -> Settled:
             Plan.from_json(kept["first"]),
             changed=made_for != (run.ledger.cap, here.rates),
         )
-    require_memory(recipe, here.hardware)
-    spent = run.ledger.total + here.rates.cost(EXPORT_SECONDS)
-    device = _choose_compute(recipe, here)
-    speeds = _probe(recipe, device, recipe.specs())
+    if run.world.size == 1:
+        require_memory(recipe, here.hardware)
+    spent = Cost(**run.world.told(vars(run.ledger.total))) + here.rates.cost(EXPORT_SECONDS)
+    device = _choose_compute(recipe, here, run.world, parallel)
+    speeds = _probe(recipe, device, recipe.specs(), parallel)
     made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
     if _may_compile(recipe, made):
         compiled = replace(device, compile="layers", attention=_attention(recipe, device))
-        faster = _probe(recipe, compiled, recipe.specs())
+        faster = _probe(recipe, compiled, recipe.specs(), parallel)
         if recipe.train.torch_compile == "on" or _seconds(made, recipe, faster) < _seconds(made, recipe, speeds):
             device, speeds = compiled, faster
             made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
@@ -254,11 +266,13 @@ def _plan(
     )
 
 
-def _choose_compute(recipe: PlannedRecipe, here: Machine) -> Device:
+def _choose_compute(
+    recipe: PlannedRecipe, here: Machine, world: World = SINGLE, parallel: Parallel | None = None
+) -> Device:
     """The dtype in which the largest model trains fastest: small matmuls may gain nothing from bfloat16."""
     from espalier.train.device import Device
 
-    threads = recipe.train.threads or hardware.free_cores()
+    threads = recipe.train.threads or world.told(max(hardware.free_cores() // world.local_size, 1))
     device = Device(kind=here.hardware.kind, threads=threads, compute="float32", recompute=recipe.train.recompute)
     half = replace(device, compute="bfloat16")
     if recipe.train.bf16 == "off" or hardware.compute_dtype(here.hardware) == "float32":
@@ -266,7 +280,7 @@ def _choose_compute(recipe: PlannedRecipe, here: Machine) -> Device:
     if recipe.train.bf16 == "on":
         return half
     largest = recipe.specs()[-1:]
-    return min((device, half), key=lambda candidate: _probe(recipe, candidate, largest)[0].per_token)
+    return min((device, half), key=lambda candidate: _probe(recipe, candidate, largest, parallel)[0].per_token)
 
 
 def _may_compile(recipe: PlannedRecipe, eager: Plan) -> bool:
@@ -282,11 +296,15 @@ def _attention(recipe: PlannedRecipe, device: Device) -> Attention:
     return "causal_halves" if short else "sdpa"
 
 
-def _probe(recipe: PlannedRecipe, device: Device, specs: Sequence[ModelSpec]) -> list[Speed]:
+def _probe(
+    recipe: PlannedRecipe, device: Device, specs: Sequence[ModelSpec], parallel: Parallel | None = None
+) -> list[Speed]:
     from espalier.train.objectives import NextToken, chunk_loss
+    from espalier.train.parallel import ALONE
     from espalier.train.probe import probe
 
     device.prepare()
+    parallel = parallel or ALONE
     objective = NextToken(device.compiled(chunk_loss))
     return [
         probe(
@@ -295,9 +313,10 @@ def _probe(recipe: PlannedRecipe, device: Device, specs: Sequence[ModelSpec]) ->
             recipe.optimizer,
             objective,
             device,
-            micro_rows=recipe.micro_rows,
+            micro_rows=min(recipe.micro_rows, recipe.rows // parallel.data_ranks),
             sequence_length=recipe.data.sequence_length,
             home=files.home(),
+            parallel=parallel,
         )
         for spec in specs
     ]

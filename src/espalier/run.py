@@ -25,6 +25,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -34,6 +35,7 @@ from espalier.errors import RunError, UserError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
 from espalier.recipe import Recipe
+from espalier.world import SINGLE, World
 
 RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
     "recipe.yaml",
@@ -73,12 +75,31 @@ class Run:
         self.energy: Callable[[], float] | None = None
         self._kwh = 0.0
         self._charged_until = time.monotonic() - (time.time() - since if since else 0.0)
+        self.world = SINGLE
         self.stop_signal: int | None = None
         self._lock: int | None = None
         self._handler: logging.Handler | None = None
 
     @classmethod
     def start(
+        cls,
+        folder: Path,
+        resolved: Recipe,
+        *,
+        cap: Cap | None = None,
+        tell: Callable[[str], None] = print,
+        since: float | None = None,
+        may_change: str = "",
+        world: World = SINGLE,
+    ) -> Run:
+        """As `take_up`, by the leader of a world; the other ranks follow it."""
+        take_up = partial(cls.take_up, folder, resolved, cap=cap, tell=tell, since=since, may_change=may_change)
+        run = world.led(take_up) or Follower(folder, resolved)
+        run.world = world
+        return run
+
+    @classmethod
+    def take_up(
         cls,
         folder: Path,
         resolved: Recipe,
@@ -268,6 +289,31 @@ class Run:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
         log.setLevel(logging.INFO)
+
+
+class Follower(Run):
+    """A run as ranks see it that don't lead: what there is one of is the leader's to write, to tell and to count."""
+
+    def __init__(self, folder: Path, resolved: Recipe) -> None:
+        super().__init__(folder, resolved, tell=_unheard)
+        self.ledger = Ledger(folder / os.devnull)
+
+    def finish(self, status: str, reason: str = "") -> None:
+        pass
+
+    def log_metrics(self, **values: Any) -> None:
+        pass
+
+    def rewind_metrics(self, step: int, *, stage: int) -> None:
+        pass
+
+    def charge(self, kind: str, *, tokens: float = 0.0, flops: float = 0.0, usd: float = 0.0, **where: Any) -> Cost:
+        self._charged_until += self.uncharged_seconds
+        return Cost()
+
+
+def _unheard(text: str) -> None:
+    pass
 
 
 def read_json(path: Path, default: Any) -> Any:

@@ -54,7 +54,10 @@ class World:
         import torch
         from torch import distributed
 
-        backend = "cpu:gloo"
+        if distributed.is_initialized():
+            yield
+            return
+        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank)
             backend = "cpu:gloo,cuda:nccl"
@@ -72,7 +75,7 @@ class World:
         from torch import distributed
 
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = self._all(torch.tensor([len(text)]))
+        lengths = [length for (length,) in self._all(torch.tensor([len(text)]))]
         padded = torch.nn.functional.pad(text, (0, max(lengths) - len(text)))
         texts = [torch.empty_like(padded) for _ in range(self.size)]
         distributed.all_gather(texts, padded)
@@ -82,13 +85,17 @@ class World:
         """The leader's value, on every rank."""
         return self.gathered(value if self.leads else None)[0]
 
+    def numbers(self, *numbers: float) -> list[list[float]]:
+        """Every rank's few numbers, in float64."""
+        if self.size == 1:
+            return [list(numbers)]
+        import torch
+
+        return self._all(torch.tensor(numbers, dtype=torch.float64))
+
     def largest(self, *numbers: int) -> list[int]:
         """The largest of all ranks' numbers, one by one."""
-        return [max(column) for column in zip(*self._numbers(numbers), strict=True)]
-
-    def total(self, number: int) -> int:
-        """The sum of all ranks' numbers."""
-        return sum(row[0] for row in self._numbers((number,)))
+        return [int(max(column)) for column in zip(*self.numbers(*numbers), strict=True)]
 
     def together(self, work: Callable[[], T]) -> T:
         """Every rank's own result of `work`; where one of them fails all raise the first one's refusal."""
@@ -121,22 +128,17 @@ class World:
             result = mine if now == turn else result
         return result  # type: ignore[return-value]
 
-    def _numbers(self, numbers: tuple[int, ...]) -> list[list[int]]:
-        if self.size == 1:
-            return [list(numbers)]
-        import torch
-
-        flat = self._all(torch.tensor(numbers))
-        return [flat[begin : begin + len(numbers)] for begin in range(0, len(flat), len(numbers))]
-
-    def _all(self, numbers: Any) -> list[int]:
-        """Every rank's few numbers, one after the other."""
+    def _all(self, numbers: Any) -> list[list[Any]]:
+        """Every rank's few numbers."""
         import torch
         from torch import distributed
 
         everyone = torch.empty(self.size * len(numbers), dtype=numbers.dtype)
         distributed.all_gather_single(everyone, numbers)
-        return everyone.tolist()
+        return everyone.view(self.size, -1).tolist()
+
+
+SINGLE = World()
 
 
 def _nothing() -> Any:

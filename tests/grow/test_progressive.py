@@ -25,6 +25,7 @@ from espalier.train import checkpoint, loop
 from espalier.train.device import Device
 from espalier.train.objectives import NextToken
 from espalier.train.optim import UNMASKED, Optimizer
+from espalier.train.parallel import ALONE
 from espalier.train.validate import validate
 
 VOCABULARY = 300
@@ -71,7 +72,7 @@ def setting_of(stream, tmp_path):
             return validate(state.model, stream, byte_lengths, NextToken(), Device(), **more)
 
         told = {"peak_flops": 1e9, "terminal": False, "objective": NextToken(), "device": Device(**device)}
-        told |= {"evaluation": Cost(), "end": reserve or Cost(), "share": 0.0, "keep": lambda plan: None}
+        told |= {"evaluation": Cost(), "end": reserve or Cost(), "share": 0.0, "keep": lambda plan: None, "parallel": ALONE}
         return Setting(run, stream, held_out, tokenizer=tokenizer, **told)
 
     return setting_of
@@ -209,7 +210,7 @@ LEARNED = {"depth": "learned", "width": "learned", "fit": 0.5}
 def test_learned_maps_take_the_first_steps_of_their_stage(carry_out, make_run, stream, monkeypatch):
     asked = []
     original = type(stream).batch
-    monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
+    monkeypatch.setattr(type(stream), "batch", lambda *args, **more: asked.append(args[1:]) or original(*args, **more))
     run, recipe = make_run(), recipe_of(SMALL, LARGE | LEARNED)
     outcome = carry_out(recipe, run)
     assert asked == [(4 * step, 4) for step in range(12)]
@@ -281,7 +282,7 @@ def test_each_stage_has_its_share_of_the_rate(carry_out, make_run):
 def test_all_stages_read_one_data_order_once(carry_out, stream, monkeypatch):
     asked = []
     original = type(stream).batch
-    monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
+    monkeypatch.setattr(type(stream), "batch", lambda *args, **more: asked.append(args[1:]) or original(*args, **more))
     carry_out(recipe_of(SMALL, LARGE))
     assert asked == [(4 * step, 4) for step in range(12)]
 
@@ -457,8 +458,8 @@ def test_a_stage_that_was_lost_to_a_crash_is_kept_when_the_run_goes_on(carry_out
     carry_out(recipe, whole)
     original = build.save
 
-    def save(model, path, tokenizer):
-        original(model, path, tokenizer)
+    def save(model, path, *more):
+        original(model, path, *more)
         if path.name.startswith(f"{files.PARTIAL}stage"):
             raise ZeroDivisionError
 
@@ -494,7 +495,7 @@ def test_a_growth_that_breaks_its_promise_is_refused_and_the_model_before_it_kep
         carry_out(recipe_of(SMALL, LARGE | {"depth": "identity"}), run)
     assert refusal.value.exit_code == 4
     path = checkpoint.newest(run.folder, print)
-    _, moments, progress = checkpoint.load(path)
+    _, moments, progress = checkpoint.load(path, Device())
     assert (progress.step, progress.stage) == (6, 0) and moments
     assert not any("growth" in line for line in read_lines(run.folder / METRICS))
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from espalier import files
 from espalier.errors import ResourceError, RunError
 from espalier.train import checkpoint
-from espalier.train.checkpoint import Progress, list_steps, load, newest, save
+from espalier.train.checkpoint import Progress, Saver, list_steps, load, newest
 from espalier.train.loop import State, train
 from espalier.train.objectives import NextToken
 from espalier.train.optim import Optimizer
@@ -32,10 +32,11 @@ def noisy(model, *inputs):
 def keep(tmp_path):
     """Save a state below tmp_path."""
 
-    def keep(state: State, keep: int = 2, need_bytes: int = 0):
-        moments = state.optimizer.state()
-        told = {"tokenizer": None, "need_bytes": need_bytes, "keep": keep}
-        return save(tmp_path, state.model, moments, state.progress, **told)
+    def keep(state: State, keep: int = 2, need_bytes: int = 0, tokenizer=None, **more):
+        saver = Saver(tmp_path, tokenizer=tokenizer, keep=keep, **more)
+        saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=need_bytes)
+        saver.finish()
+        return tmp_path / f"checkpoint-{state.progress.step}"
 
     return keep
 
@@ -46,8 +47,7 @@ def resume(begin, device, optimizer_recipe):
 
     def resume(path) -> State:
         blank = begin(optimizer_recipe)
-        model, moments, progress = load(path)
-        device.place(model)
+        model, moments, progress = load(path, device)
         parametrization = begin.__globals__["MUP"]
         optimizer = Optimizer(model, blank.spec, optimizer_recipe, parametrization)
         optimizer.load_state(moments)
@@ -89,13 +89,13 @@ def test_saving_changes_nothing(begin, keep, weights, same):
     assert np.random.get_state()[1].tolist() == numpy_before
 
 
-def test_a_checkpoint_is_a_model_folder_with_a_tokenizer_and_no_pickle(begin, tmp_path):
+def test_a_checkpoint_is_a_model_folder_with_a_tokenizer_and_no_pickle(begin, keep, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
     state = begin()
-    told = {"tokenizer": tokenizer, "need_bytes": 0, "keep": 2}
-    path = save(tmp_path, state.model, state.optimizer.state(), Progress(step=3), **told)
+    state.progress = Progress(step=3)
+    path = keep(state, tokenizer=tokenizer)
     opened = AutoModelForCausalLM.from_pretrained(path)
     assert all(torch.equal(value, opened.state_dict()[name]) for name, value in state.model.state_dict().items())
     assert (path / "tokenizer.json").read_text() == "{}"
@@ -194,11 +194,11 @@ def test_a_damaged_future_does_not_push_out_what_is_saved_now(begin, keep, two_c
     assert newest(tmp_path, told.append) == tmp_path / "checkpoint-3"
 
 
-def test_a_step_that_is_saved_again_replaces_the_old(begin, keep, tmp_path):
+def test_a_step_that_is_saved_again_replaces_the_old(begin, keep, device, tmp_path):
     for seed in (0, 1):
         state = begin(seed=seed)
         keep(state)
-    loaded = load(tmp_path / "checkpoint-0")[0].state_dict()
+    loaded = load(tmp_path / "checkpoint-0", device)[0].state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in state.model.state_dict().items())
 
 

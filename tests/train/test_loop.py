@@ -67,7 +67,7 @@ def test_the_loss_is_the_mean_over_the_labels(begin, uneven, device):
 def test_an_update_counts_and_takes_the_next_samples(begin, stream, segment, device, monkeypatch):
     asked = []
     original = type(stream).batch
-    monkeypatch.setattr(type(stream), "batch", lambda *args: asked.append(args[1:]) or original(*args))
+    monkeypatch.setattr(type(stream), "batch", lambda *args, **more: asked.append(args[1:]) or original(*args, **more))
     state = begin()
     state.progress = Progress(step=7, samples=28, tokens=100, flops=5.0, stage=1)
     step = update(state, stream, segment(9, factor=lambda step: step / 10), next_token, device)

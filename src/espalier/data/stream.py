@@ -66,8 +66,8 @@ class Stream:
         """Samples in an epoch."""
         return max(0, len(self.tokens) - 1) // self.sequence_length
 
-    def batch(self, start: int, count: int, *, rank: int = 0, ranks: int = 1) -> Batch:
-        """Samples [start, start + count) of the shuffled stream: rank r has every `ranks`-th of them, from the r-th.
+    def batch(self, start: int, count: int, *, rank: int = 0, ranks: int = 1, together: int = 1) -> Batch:
+        """Samples [start, start + count) of the shuffled stream, dealt out to the ranks `together` at a time.
 
         A sample's number alone fixes its row: sample g is the (g mod rows)-th of epoch g // rows.
         """
@@ -78,7 +78,7 @@ class Stream:
                 expected="the same number of rows on every rank",
                 mend=f"Make the batch a multiple of {ranks} rows.",
             )
-        return self.take(self.order(start, count)[rank::ranks])
+        return self.take(self.order(start, count)[np.arange(count) // together % ranks == rank])
 
     def spread(self, count: int) -> np.ndarray:
         """`count` rows at even distances over the split, all of them where there are no more: for evaluation.

@@ -5,7 +5,7 @@ All three make each tensor by `reshape.Grown`, from the same seed, so they agree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,19 +47,31 @@ def grow_model(model: PreTrainedModel, growths: Sequence[Growth], *, seed: int, 
     return grown.to(model.device).train(model.training)
 
 
-def grow_moments(state: State, growths: Sequence[Growth], layout: Layout) -> State:
+def grow_moments(
+    state: State,
+    growths: Sequence[Growth],
+    layout: Layout,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    hold: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> State:
     """The optimizer state, {parameter: {quantity: tensor}}, after `growths` in order: old slots keep their moments.
 
     layout  of the model before the growths
+    whole   puts a tensor together that ranks share, and `hold` shares one out, so that none holds all of them
     """
     for growth in growths:
         grown: State = {}
         for kind in sorted({kind for quantities in state.values() for kind in quantities}):
             old = {name: quantities[kind] for name, quantities in state.items() if kind in quantities}
-            for name, value in reshape.apply_moment(growth, layout, old.get, kind):
-                grown.setdefault(name, {})[kind] = value
+            read = partial(_put_together, old, whole)
+            for name, value in reshape.apply_moment(growth, layout, read, kind):
+                grown.setdefault(name, {})[kind] = hold(value)
         state, layout = grown, reshape.after(layout, growth)
     return state
+
+
+def _put_together(values: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor], name: str) -> Tensor | None:
+    return whole(values[name]) if name in values else None
 
 
 @dataclass(frozen=True)

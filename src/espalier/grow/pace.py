@@ -80,21 +80,29 @@ class Pace:
 
         changed  whether the budget or its prices were, so that what is counted has to be looked at, too
         """
+        # The leader's clock and ledger decide for all ranks.
+        factor = self.run.world.told(self._factor(progress, seconds, changed) if self.run.world.leads else None)
+        if factor is None:
+            return
+        self.plan = self.plan.stretched(factor, progress.step)
+        self.keep(self.plan)
+        self._tell(progress, seconds, factor)
+
+    def _factor(self, progress: Progress, seconds: float, changed: bool) -> float | None:
+        """By how much what is left is to be stretched, None if it fits."""
         left = self.plan.left(progress.step)
         if not left.flops:
-            return
+            return None
         need = self.run.rates.cost(left.seconds * seconds, tokens=left.tokens, flops=left.flops)
         affordable = self._affordable(len(self.plan.stages) - 1 - progress.stage)
         share = affordable.share_spent(need)
         counted = affordable.share_spent(Cost(tokens=need.tokens, flops=need.flops))
         if not share or (share == counted and not changed):
-            return
+            return None
         factor = 1 / share
         if abs(factor - 1) <= DRIFT or (factor > 1 and not self._may_be_stretched(progress)):
-            return
-        self.plan = self.plan.stretched(factor, progress.step)
-        self.keep(self.plan)
-        self._tell(progress, seconds, factor)
+            return None
+        return factor
 
     def _affordable(self, growths: int) -> Cap:
         """What the rest of the training may take, with `growths` to come."""

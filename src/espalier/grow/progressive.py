@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from espalier import units
-from espalier.budget import flops
+from espalier.budget import flops, memory
 from espalier.budget.plan import Duration, DurationText, Plan
 from espalier.errors import BudgetError, ModelError
 from espalier.grow import operators
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from espalier.data.stream import Stream
+    from espalier.model.reshape import StdOf
     from espalier.run import Run
     from espalier.train.checkpoint import Progress
     from espalier.train.device import Device
     from espalier.train.loop import Ending, Meter, Moment, Objective, State
     from espalier.train.moments import Validate
+    from espalier.train.parallel import Parallel
     from espalier.train.validate import HeldOut
 
 LOG_LINES = 300
@@ -158,6 +161,7 @@ class Setting:
     evaluation  one held-out loss, of the last stage
     end         what follows the run
     share       of the budget that is kept back for evaluations and checkpoints on the way
+    parallel    the ranks that share the training
     keep        called with a plan that takes the place of the one before
     changed     whether the budget or its prices have changed since the plan was made
     """
@@ -174,6 +178,7 @@ class Setting:
     peak_flops: float
     terminal: bool
     keep: Callable[[Plan], None]
+    parallel: Parallel
     changed: bool = False
 
     @property
@@ -194,13 +199,15 @@ class Outcome:
 def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     """Carry out a plan from its newest checkpoint, or from the start."""
     from espalier.train import moments
+    from espalier.train.checkpoint import Saver
     from espalier.train.loop import Meter
 
     run, device = setting.run, setting.device
+    _require_growths_of_ranks(recipe, plan, setting)
     device.prepare()
     state = _resume(recipe, plan, setting)
     if state is None:
-        _require_reserve(plan, setting)
+        run.world.led(lambda: _require_reserve(plan, setting))
         state = _begin(recipe, plan, setting)
     pace = Pace(
         run,
@@ -215,7 +222,22 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         pace.adapt(state.progress, 1.0, changed=setting.changed)
     meter = Meter(run, setting.reserve)
     run.charge("start")
-    save = moments.Save(run, meter, lambda s: _save(recipe, setting, s), every=recipe.train.save_steps)
+    beside = recipe.train.save == "beside" or (recipe.train.save == "auto" and device.kind == "cuda")
+    saver = Saver(
+        run.folder,
+        tokenizer=setting.tokenizer,
+        keep=recipe.train.keep_checkpoints,
+        every=recipe.train.keep_every,
+        when="beside" if beside else "at once",
+        parallel=setting.parallel,
+    )
+    save = moments.Save(
+        run,
+        meter,
+        saver,
+        every=recipe.train.save_steps,
+        need_bytes=lambda s: memory.checkpoint_bytes(s.spec, recipe.optimizer.name),
+    )
     log = moments.Log(
         run,
         every=recipe.train.logging_steps or max(plan.steps // LOG_LINES, 1),
@@ -252,6 +274,7 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
     if ending == "signal":
         save.now(state)
         return Outcome(state, ending)
+    saver.finish()
     return Outcome(state, ending, validates[state.progress.stage].now(state))
 
 
@@ -273,7 +296,16 @@ def _train(
             factor=_factor(recipe, pace.plan, number),
             level=_level(recipe, pace.plan, number),
         )
-        ending = train(state, setting.train_stream, segment, setting.objective, setting.device, meter, watched)
+        ending = train(
+            state,
+            setting.train_stream,
+            segment,
+            setting.objective,
+            setting.device,
+            meter,
+            watched,
+            setting.parallel,
+        )
         if ending != "done":
             return ending
         pace.look(state.progress)
@@ -302,6 +334,18 @@ def _level(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], flo
     return lambda step: min((step - stage.first_step + 1) / ramp, 1.0)
 
 
+def _require_growths_of_ranks(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> None:
+    """Refuse growths that only a process by itself can do, before anything is trained."""
+    for number, stage in enumerate(recipe.path(plan.stages[0].spec.vocab_size), start=1):
+        if operators.learns(stage.growths) and setting.parallel.mesh is not None:
+            raise ModelError(
+                f"stage {number}",
+                found=f"growth by learned maps on {setting.run.world.size} ranks",
+                expected="an operator that needs no training, or one process",
+                mend="Choose depth: stack or width: zero_pad, or start the run without torchrun.",
+            )
+
+
 def _require_reserve(plan: Plan, setting: Setting) -> None:
     """Refuse to begin when the budget pays for no step and the evaluation and export after it."""
     first = plan.stages[0]
@@ -317,12 +361,17 @@ def _require_reserve(plan: Plan, setting: Setting) -> None:
 
 
 def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
-    from espalier.model import build
     from espalier.train.checkpoint import Progress
+    from espalier.train.device import initial_model
 
-    spec = plan.stages[0].spec
-    eos_id = setting.train_stream.eos_id
-    model = build.build(spec, recipe.parametrization, seed=recipe.seed, eos_token_id=eos_id)
+    model = initial_model(
+        plan.stages[0].spec,
+        recipe.parametrization,
+        setting.device,
+        setting.parallel,
+        seed=recipe.seed,
+        eos_token_id=setting.train_stream.eos_id,
+    )
     setting.run.rewind_metrics(0, stage=0)
     return _state(recipe, plan, setting, model, Progress(), {})
 
@@ -330,12 +379,15 @@ def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
 def _resume(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State | None:
     from espalier.train import checkpoint
 
-    path = checkpoint.newest(setting.run.folder, setting.run.tell)
+    run, parallel = setting.run, setting.parallel
+    path = checkpoint.newest(run.folder, run.tell, run.world)
     if path is None:
         return None
-    model, moments, progress = checkpoint.load(path)
-    setting.run.rewind_metrics(progress.step, stage=progress.stage)
-    setting.run.tell(f"Resumed at step {progress.step} from {path}, verified.")
+    model, moments, progress = checkpoint.load(path, setting.device, parallel)
+    run.rewind_metrics(progress.step, stage=progress.stage)
+    before, now = checkpoint.written_by(path), parallel.world.size
+    ranks = f" Ranks: {before} -> {now}; the order of the data is kept." if before != now else ""
+    run.tell(f"Resumed at step {progress.step} from {path}, verified.{ranks}")
     return _state(recipe, plan, setting, model, progress, moments)
 
 
@@ -347,7 +399,10 @@ def _state(
     progress: Progress,
     moments: dict[str, dict[str, Tensor]],
 ) -> State:
-    """The state of a run that is in stage `progress.stage`; masks are put on where `moments` has unmasked weights."""
+    """The state of a run that is in stage `progress.stage`, of a placed model.
+
+    Masks are put on where `moments` has unmasked weights.
+    """
     from espalier.grow import masked
     from espalier.model import axes
     from espalier.train.loop import State
@@ -355,8 +410,7 @@ def _state(
 
     number = progress.stage
     spec = plan.stages[number].spec
-    setting.device.place(model)
-    optimizer = Optimizer(model, spec, recipe.optimizer, recipe.parametrization)
+    optimizer = Optimizer(model, spec, recipe.optimizer, recipe.parametrization, setting.parallel)
     optimizer.load_state(moments)
     if unmasked := {name: quantities[UNMASKED] for name, quantities in moments.items() if UNMASKED in quantities}:
         layout = axes.discover(plan.stages[number - 1].spec.to_config())
@@ -365,34 +419,22 @@ def _state(
     return State(spec, model, optimizer, progress)
 
 
-def _save(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
-    from espalier.budget import memory
-    from espalier.train import checkpoint
-
-    checkpoint.save(
-        setting.run.folder,
-        state.model,
-        state.optimizer.state(),
-        state.progress,
-        tokenizer=setting.tokenizer,
-        need_bytes=memory.checkpoint_bytes(state.spec, recipe.optimizer.name),
-        keep=recipe.train.keep_checkpoints,
-    )
-
-
 def _keep_stage(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
     """The model as its stage left it, a model folder of its own; once, however often the run is taken up here."""
-    from espalier import files
-    from espalier.budget import memory
-    from espalier.model import build
+    from espalier.train import checkpoint
 
     run, progress = setting.run, state.progress
     path = run.folder / f"{STAGE}{progress.stage + 1}"
-    if path.exists():
+    if run.world.told(path.exists()):
         return
-    with files.whole_folder(path, need_bytes=memory.folder_bytes(state.spec, "float32")) as folder:
-        build.save(state.model, folder, setting.tokenizer)
-        run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=vars(progress)))
+    checkpoint.save_model(
+        path,
+        state.model,
+        tokenizer=setting.tokenizer,
+        need_bytes=memory.folder_bytes(state.spec, "float32"),
+        also=lambda folder: run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=vars(progress))),
+        parallel=setting.parallel,
+    )
     run.charge("checkpoint", stage=progress.stage, step=progress.step)
 
 
@@ -407,6 +449,7 @@ def _grow(
     from espalier.model import axes
     from espalier.train.moments import spending
     from espalier.train.optim import UNMASKED
+    from espalier.train.parallel import forget, spread_rows, whole
 
     run, spec = setting.run, plan.stages[number].spec
     growths = recipe.path(spec.vocab_size)[number].growths
@@ -414,7 +457,8 @@ def _grow(
     setting.device.release(state.model)
     std_of = recipe.parametrization.std_of(spec)
     layout = axes.discover(state.model.config.to_dict())
-    model = apply.grow_model(state.model, growths, seed=recipe.seed + number, std_of=std_of)
+    seed = recipe.seed + number
+    model = _grown_model(setting, state.model, growths, seed=seed, std_of=std_of)
     progress = replace(state.progress, stage=number)
     learns = operators.learns(growths)
     if learns:
@@ -424,6 +468,8 @@ def _grow(
         progress = fitted
     batch = setting.train_stream.take(setting.train_stream.order(0, 1))
     kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
+    forget(state.model)
+    forget(model)
     if all(growth.exact for growth in growths) and kept.relative_difference > preserve.EXACT:
         raise ModelError(
             f"growth into stage {number + 1}",
@@ -433,11 +479,17 @@ def _grow(
         )
     unmasked = [growth.unmasked() for growth in growths]
     carried = recipe.stages[number].optimizer_state != "fresh" and not learns
-    moments = apply.grow_moments(state.optimizer.state(), unmasked, layout) if carried else {}
+    hold = partial(spread_rows, parallel=setting.parallel)
+    moments = apply.grow_moments(state.optimizer.state(), unmasked, layout, whole, hold) if carried else {}
     if slots := masked.slots(growths, layout).names:
-        trained = apply.grow_model(state.model, unmasked, seed=recipe.seed + number, std_of=std_of).state_dict()
+        old = state.model.state_dict()
+        trained = apply.plan_weights(
+            state.model.config.to_dict(), unmasked, lambda name: whole(old[name]), seed=seed, std_of=std_of
+        )
         for name in slots:
-            moments.setdefault(name, {})[UNMASKED] = trained[name]
+            moments.setdefault(name, {})[UNMASKED] = hold(trained.read(name))
+    if setting.parallel.mesh is None:
+        setting.device.place(model)
     grown = _state(recipe, plan, setting, model, progress, moments)
     run.charge("grow", stage=number, step=progress.step)
     after_loss = after.now(grown)
@@ -457,6 +509,28 @@ def _grow(
         f"held-out loss {before_loss.loss:.3f} -> {after_loss.loss:.3f}"
     )
     return grown
+
+
+def _grown_model(
+    setting: Setting, old: PreTrainedModel, growths: Sequence[Growth], *, seed: int, std_of: StdOf
+) -> PreTrainedModel:
+    """The grown model, placed unless its maps are still to be learned; by ranks that share it a tensor at a time."""
+    from espalier.grow import apply
+    from espalier.model import build
+    from espalier.train.parallel import materialise, whole
+
+    device, parallel = setting.device, setting.parallel
+    if parallel.mesh is None:
+        return apply.grow_model(old, growths, seed=seed, std_of=std_of)
+    weights = old.state_dict()
+    plan = apply.plan_weights(
+        old.config.to_dict(), growths, lambda name: whole(weights[name]), seed=seed, std_of=std_of
+    )
+    model = build.skeleton(plan.config)
+    model.generation_config = old.generation_config
+    device.place(model, parallel)
+    materialise(model, device.kind, plan.read)
+    return model
 
 
 def _fit(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from espalier.folder import ModelFolder
@@ -24,18 +26,45 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 def build(spec: ModelSpec, parametrization: Parametrization, *, seed: int, eos_token_id: int = 0) -> PreTrainedModel:
     """A new fp32 model of this shape on the CPU; every tensor is drawn from (seed, its name) alone."""
-    special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
-    config = AutoConfig.for_model(**spec.to_config(), **special)
-    config.architectures = None
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    std_of = parametrization.std_of(spec)
+    model = AutoModelForCausalLM.from_config(_config(new_config(spec, eos_token_id)), dtype=torch.float32)
+    initial = initial_values(model, spec, parametrization, seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                weight.copy_(draw(name, tuple(weight.shape), std_of(name, tuple(weight.shape)), seed))
+            weight.copy_(initial(name))
     return model
+
+
+def new_config(spec: ModelSpec, eos_token_id: int = 0) -> dict[str, Any]:
+    """The config of a new model of this shape."""
+    return {**spec.to_config(), "bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
+
+
+def initial_values(
+    model: PreTrainedModel, spec: ModelSpec, parametrization: Parametrization, seed: int
+) -> Callable[[str], Tensor]:
+    """What makes the initial value of a parameter, by its name; the model only tells the shapes."""
+    std_of = parametrization.std_of(spec)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+    def initial(name: str) -> Tensor:
+        shape = shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        return draw(name, shape, std_of(name, shape), seed)
+
+    return initial
+
+
+def skeleton(config: dict[str, Any]) -> PreTrainedModel:
+    """A model of this config whose weights aren't there: they are on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(config), dtype=torch.float32)
+
+
+def _config(values: dict[str, Any]) -> PreTrainedConfig:
+    config = AutoConfig.for_model(**values)
+    config.architectures = None
+    return config
 
 
 def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -50,9 +79,22 @@ def load(folder: ModelFolder, *, dtype: torch.dtype | Literal["auto"] = torch.fl
     return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
 
 
-def save(model: PreTrainedModel, path: Path, tokenizer: Path | None) -> None:
-    """Write the model and its tokenizer's files into a folder."""
-    model.save_pretrained(path)
+def save(model: PreTrainedModel, path: Path, tokenizer: Path | None, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the model and its tokenizer's files into a folder; `weights`, if given, in the place of the model's own."""
+    model.save_pretrained(path, state_dict=weights)
+    if tokenizer:
+        copy_tokenizer(tokenizer, path)
+
+
+def save_config(model: PreTrainedModel, path: Path, tokenizer: Path | None) -> None:
+    """Write what a model folder has beside its weights, for one whose weights ranks share."""
+    config = copy.deepcopy(model.config)
+    # Sharding derives a class of the model's own.
+    config.architectures = [next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transf"))]
+    config.dtype = model.dtype
+    config.save_pretrained(path)
+    if model.can_generate():
+        model.generation_config.save_pretrained(path)
     if tokenizer:
         copy_tokenizer(tokenizer, path)
 

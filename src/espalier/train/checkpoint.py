@@ -1,32 +1,49 @@
 """Checkpoints: one folder, one step, whole or absent.
 
     checkpoint-N/                  a plain Hugging Face model folder
-    checkpoint-N/trainer/          optimizer.safetensors, random.safetensors, progress.json
+    checkpoint-N/trainer/          optimizer*.safetensors, random.safetensors, progress.json
     checkpoint-N/manifest.json     hashes of all of it, written last
 
 Weights, optimizer, data cursor, random state and growth state are one unit with one step number. Nothing is pickled.
+
+Several ranks write tensors that are whole, each its share of them: so any number of ranks can take the folder up, each
+reading its parts by torch.distributed.checkpoint, and so can whoever opens a model. What is put together for that is a
+copy, from which a thread can write while training goes on.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import PreTrainedModel
 
 from espalier import files
 from espalier.errors import RunError
-from espalier.folder import ModelFolder
+from espalier.folder import INDEX, ModelFolder
 from espalier.model import build
+from espalier.train.device import Device
 from espalier.train.optim import State
+from espalier.train.parallel import ALONE, Parallel, empty, shared, whole
+from espalier.world import World
 
 TRAINER = "trainer"
+OPTIMIZER = "optimizer"
 SEPARATOR = "::"  # between a parameter's name and its quantity; neither contains it
+
+When = Literal["at once", "beside"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,37 +57,221 @@ class Progress:
     stage: int = 0
 
 
-def save(
-    run_folder: Path,
-    model: PreTrainedModel,
-    optimizer_state: State,
-    progress: Progress,
-    *,
-    tokenizer: Path | None,
-    need_bytes: int,
-    keep: int,
-) -> Path:
-    """Write checkpoint-N for N = progress.step, then delete all but the newest `keep`.
+@dataclass(frozen=True)
+class Held:
+    """Whole tensors in the host's memory, of all those that there are the ones that this rank writes.
 
-    Those of later steps go too: a run that saves an earlier step resumed there because they were damaged.
+    bytes  of all of them, by name
     """
-    path = run_folder / f"checkpoint-{progress.step}"
-    with files.whole_folder(path, need_bytes=need_bytes) as folder:
-        build.save(model, folder, tokenizer)
-        (folder / TRAINER).mkdir()
+
+    tensors: dict[str, Tensor]
+    owners: dict[str, int]
+    bytes: dict[str, int]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], parallel: Parallel, *, copies: bool) -> Held:
+        """Put tensors together that ranks share; every rank has to call this, with the same names.
+
+        copies  whether what this rank has whole anyway is copied
+        """
+        sizes = {name: value.numel() * value.element_size() for name, value in tensors.items()}
+        owners = _shared_out(sizes, parallel.world.size)
+        kept: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            together = whole(value.detach())
+            if owners[name] == parallel.world.rank:
+                kept[name] = together.to("cpu", copy=copies and together.data_ptr() == value.data_ptr()).contiguous()
+        return cls(kept, owners, sizes)
+
+    def write(self, folder: Path, stem: str, world: World) -> list[str]:
+        """Write this rank's file, and what its name is; none if nothing fell to it."""
+        if not self.tensors:
+            return []
+        name = _file_name(stem, world.rank, world.size)
+        save_file(self.tensors, folder / name, metadata={"format": "pt"})
+        return [name]
+
+
+def _shared_out(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """The rank that writes each tensor: in turn the one with least to write."""
+    load = [0] * ranks
+    owners = {}
+    for name, size in sizes.items():
+        owners[name] = load.index(min(load))
+        load[owners[name]] += size
+    return owners
+
+
+def _file_name(stem: str, rank: int, ranks: int) -> str:
+    return f"{stem}.safetensors" if ranks == 1 else f"{stem}-{rank + 1:05}-of-{ranks:05}.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at rest, as far as this rank writes it."""
+
+    model: PreTrainedModel
+    weights: Held
+    moments: Held
+    random: Tensor
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, optimizer_state: State, progress: Progress, parallel: Parallel, *, copies: bool
+    ) -> Snapshot:
         flat = {
-            f"{name}{SEPARATOR}{key}": value.contiguous()
+            f"{name}{SEPARATOR}{key}": value
             for name, quantities in optimizer_state.items()
             for key, value in quantities.items()
         }
-        save_file(flat, folder / TRAINER / "optimizer.safetensors")
-        save_file({"torch": torch.get_rng_state()}, folder / TRAINER / "random.safetensors")
-        files.write_json(folder / TRAINER / "progress.json", asdict(progress))
-    steps = list_steps(run_folder)
-    kept = [step for step in steps if step <= progress.step][:keep]
-    for step in set(steps).difference(kept):
-        shutil.rmtree(run_folder / f"checkpoint-{step}")
-    return path
+        weights, moments = (Held.of(tensors, parallel, copies=copies) for tensors in (_weights(model), flat))
+        return cls(model, weights, moments, torch.get_rng_state(), progress)
+
+    def write(self, folder: Path, tokenizer: Path | None, world: World) -> dict[str, dict[str, Any]]:
+        """Write this rank's files; what the manifest is to record of them."""
+        names = _write_model(folder, self.model, self.weights, tokenizer, world)
+        names += [f"{TRAINER}/{name}" for name in self.moments.write(folder / TRAINER, OPTIMIZER, world)]
+        if world.leads:
+            save_file({"torch": self.random}, folder / TRAINER / "random.safetensors")
+            files.write_json(folder / TRAINER / "progress.json", asdict(self.progress))
+        return {name: files.written(folder / name) for name in names}
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is written of a model: its state, or where ranks share it its parameters, tied ones once."""
+    return dict(model.named_parameters()) if shared(model) else model.state_dict()
+
+
+def _write_model(
+    folder: Path, model: PreTrainedModel, weights: Held, tokenizer: Path | None, world: World
+) -> list[str]:
+    """Write this rank's part of a model folder; the names of what is large."""
+    if world.size == 1:
+        build.save(model, folder, tokenizer, weights.tensors)
+        return [path.name for path in folder.glob("*.safetensors")]
+    if world.leads:
+        build.save_config(model, folder, tokenizer)
+        names = {name: _file_name("model", rank, world.size) for name, rank in weights.owners.items()}
+        index = {"metadata": {"total_size": sum(weights.bytes.values())}, "weight_map": names}
+        files.write_json(folder / INDEX, index)
+    return weights.write(folder, "model", world)
+
+
+class Saver:
+    """Writes checkpoints of a run and deletes what isn't kept.
+
+    when   "at once", or "beside" the training, from a copy and by a thread: then a checkpoint is there a little later
+    keep   how many of the newest stay, and of the others those whose step is a multiple of `every`
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        tokenizer: Path | None,
+        keep: int,
+        every: int | None = None,
+        when: When = "at once",
+        parallel: Parallel = ALONE,
+    ) -> None:
+        self.run_folder, self.tokenizer, self.keep, self.every = run_folder, tokenizer, keep, every
+        self.when, self.parallel = when, parallel
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: tuple[int, Path, Future[dict[str, dict[str, Any]]]] | None = None
+
+    def begin(self, model: PreTrainedModel, optimizer_state: State, progress: Progress, *, need_bytes: int) -> None:
+        """Save a state: when this returns the state may change; `finish` returns when the checkpoint is there."""
+        self.finish()
+        world, path = self.parallel.world, self._path(progress.step)
+        made = world.led(lambda: _new_folder(path, need_bytes))
+        folder = Path(world.told(str(made)))
+        beside = self.when == "beside"
+        snapshot = Snapshot.of(model, optimizer_state, progress, self.parallel, copies=beside)
+        write = partial(_with_disk_errors, path, need_bytes, lambda: snapshot.write(folder, self.tokenizer, world))
+        future: Future[dict[str, dict[str, Any]]] = self._threads.submit(write)
+        self._under_way = progress.step, folder, future
+        if not beside:
+            self.finish()
+
+    def poll(self) -> None:
+        """Finish a checkpoint that all ranks have written; for a call after every step, on all ranks."""
+        if self._under_way and not self.parallel.world.largest(not self._under_way[2].done())[0]:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and put it in its place."""
+        if self._under_way is None:
+            return
+        (step, folder, future), self._under_way = self._under_way, None
+        world = self.parallel.world
+        try:
+            entries = world.gathered(world.together(future.result))
+            known = {name: entry for part in entries for name, entry in part.items()}
+            world.led(lambda: self._commit(step, folder, known))
+        except BaseException:
+            if world.leads:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _commit(self, step: int, folder: Path, known: dict[str, dict[str, Any]]) -> None:
+        with files.disk_errors(self._path(step)):
+            files.put_in_place(self._path(step), folder, known)
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Delete what isn't kept. Those of later steps go too: a run that saves an earlier step resumed there because
+        they were damaged.
+        """
+        steps = list_steps(self.run_folder)
+        past = [there for there in steps if there <= step]
+        kept = past[: self.keep] + [there for there in past if self.every and there % self.every == 0]
+        for there in set(steps).difference(kept):
+            shutil.rmtree(self._path(there))
+
+    def _path(self, step: int) -> Path:
+        return self.run_folder / f"checkpoint-{step}"
+
+
+def _new_folder(path: Path, need_bytes: int) -> str:
+    folder = files.new_folder(path, need_bytes=need_bytes)
+    (folder / TRAINER).mkdir()
+    return str(folder)
+
+
+def _with_disk_errors(path: Path, need_bytes: int, write: Callable[[], T]) -> T:
+    with files.disk_errors(path, need_bytes):
+        return write()
+
+
+def save_model(
+    path: Path,
+    model: PreTrainedModel,
+    *,
+    tokenizer: Path,
+    need_bytes: int,
+    also: Callable[[Path], None],
+    parallel: Parallel = ALONE,
+) -> None:
+    """Write a model folder, whole or not at all, by all ranks; the leader adds what `also` writes into it."""
+    world = parallel.world
+    held = Held.of(_weights(model), parallel, copies=False)
+    folder = Path(world.told(str(world.led(lambda: files.new_folder(path, need_bytes=need_bytes)))))
+
+    def write() -> dict[str, Any]:
+        names = _write_model(folder, model, held, tokenizer, world)
+        if world.leads:
+            also(folder)
+        return {name: files.written(folder / name) for name in names}
+
+    try:
+        entries = world.gathered(world.together(lambda: _with_disk_errors(path, need_bytes, write)))
+        known = {name: entry for part in entries for name, entry in part.items()}
+        world.led(lambda: _with_disk_errors(path, need_bytes, lambda: files.put_in_place(path, folder, known)))
+    except BaseException:
+        if world.leads:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def list_steps(run_folder: Path) -> list[int]:
@@ -79,15 +280,17 @@ def list_steps(run_folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def newest(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that matches its manifest; says which ones it passed over.
+def newest(run_folder: Path, tell: Callable[[str], None], world: World | None = None) -> Path | None:
+    """The newest checkpoint that matches its manifest; says which ones it passed over. Ranks share the reading.
 
     None when there is none at all; `RunError` when there are some and every one is damaged.
     """
+    world = world or World()
     passed_over: list[str] = []
-    for step in list_steps(run_folder):
+    for step in world.told(list_steps(run_folder)):
         path = run_folder / f"checkpoint-{step}"
-        damage = files.damage(path)
+        found = world.gathered(files.damage(path, part=world.rank, parts=world.size))
+        damage = next((damage for damage in found if damage), None)
         if damage is None:
             if passed_over:
                 tell(f"Ignored {'; '.join(passed_over)}. Using {path.name}.")
@@ -103,13 +306,59 @@ def newest(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load(path: Path) -> tuple[PreTrainedModel, State, Progress]:
-    """Model, optimizer state and progress of a checkpoint; sets torch's random state."""
-    model = build.load(ModelFolder(path))
-    state: State = {}
-    for flat_name, value in load_file(path / TRAINER / "optimizer.safetensors").items():
-        name, _, key = flat_name.partition(SEPARATOR)
-        state.setdefault(name, {})[key] = value
+def load(path: Path, device: Device, parallel: Parallel = ALONE) -> tuple[PreTrainedModel, State, Progress]:
+    """The placed model, optimizer state and progress of a checkpoint; sets torch's random state."""
     torch.set_rng_state(load_file(path / TRAINER / "random.safetensors")["torch"])
     progress = Progress(**json.loads((path / TRAINER / "progress.json").read_text()))
-    return model, state, progress
+    if parallel.mesh is None:
+        model = build.load(ModelFolder(path))
+        device.place(model)
+        flat = {key: value for file in _optimizer_files(path) for key, value in load_file(file).items()}
+        return model, _by_parameter(flat), progress
+    model = build.skeleton(ModelFolder(path).config)
+    device.place(model, parallel)
+    empty(model, device.kind)
+    weights = dict(model.named_parameters())
+    _read_parts(path, dict(weights))
+    flat = {key: _like(weights[key.partition(SEPARATOR)[0]], shape) for key, shape in _shapes(path).items()}
+    _read_parts(path / TRAINER, flat)
+    return model, _by_parameter(flat), progress
+
+
+def written_by(path: Path) -> int:
+    """How many ranks wrote a checkpoint."""
+    return max(len(_optimizer_files(path)), 1)
+
+
+def _optimizer_files(path: Path) -> list[Path]:
+    return sorted((path / TRAINER).glob(f"{OPTIMIZER}*.safetensors"))
+
+
+def _shapes(path: Path) -> dict[str, torch.Size]:
+    """Of every quantity of the optimizer, by its flat name, in one order."""
+    shapes: dict[str, torch.Size] = {}
+    for file in _optimizer_files(path):
+        with safe_open(file, framework="pt") as stored:
+            shapes |= {key: torch.Size(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    return dict(sorted(shapes.items()))
+
+
+def _like(weight: Tensor, shape: torch.Size) -> Tensor:
+    """What a quantity is read into: shared as its weight is, or a tensor of its own where it has another shape."""
+    return torch.zeros_like(weight.detach()) if shape == weight.shape else torch.zeros(shape)
+
+
+def _read_parts(folder: Path, into: dict[str, Tensor]) -> None:
+    """Read this rank's parts of tensors from the safetensors files of a folder."""
+    reader = distributed_checkpoint.HuggingFaceStorageReader(str(folder))
+    distributed_checkpoint.load(
+        {name: tensor.detach() for name, tensor in into.items()}, storage_reader=reader, no_dist=True
+    )
+
+
+def _by_parameter(flat: Mapping[str, Tensor]) -> State:
+    state: State = {}
+    for flat_name, value in flat.items():
+        name, _, key = flat_name.partition(SEPARATOR)
+        state.setdefault(name, {})[key] = value
+    return state

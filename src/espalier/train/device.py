@@ -1,6 +1,8 @@
 """Where and how the arithmetic runs, decided once per run and kept in its plan: a resumed run does the same.
 
-Applied to a model from outside, in this order: device, attention, recompute, compile.
+Applied to a model from outside, in this order: device, attention, tensor parallel, recompute, compile, shards. Products
+are split before layers are wrapped; what is compiled is one layer's pass, recomputation included; weights are gathered
+and gradients sent around it, so that neither breaks a graph.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from transformers import PreTrainedModel
 
 from espalier import files
 from espalier.data.stream import Batch
+from espalier.model import build
+from espalier.model.mup import Parametrization
+from espalier.spec import ModelSpec
 from espalier.train import attention  # noqa: F401 (registers causal_halves)
+from espalier.train.parallel import ALONE, Parallel, materialise
 
 Attention = Literal["sdpa", "eager", "causal_halves"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,15 +75,17 @@ class Device:
         torch.set_num_threads(self.threads)
         keep_memory()
 
-    def place(self, model: PreTrainedModel) -> None:
-        """Move a model here and prepare its layers.
+    def place(self, model: PreTrainedModel, parallel: Parallel = ALONE) -> None:
+        """Move a model here, unless it has no weights yet, and prepare its layers.
 
         Layers are compiled one by one: they share one graph, so a deeper model compiles no longer than a shallow
         one and a growth in depth compiles nothing. Recomputation is inside what is compiled, so that the compiler
         sees both passes. transformers' own switch for it does nothing in eval mode, which loaded models are in.
         """
-        model.to(self.kind)
+        if model.device.type != "meta":
+            model.to(self.kind)
         model.set_attn_implementation(self.attention)
+        parallel.divide(model)
         if self.recompute == "layers":
             for layer in model.base_model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -85,6 +93,7 @@ class Device:
             torch._dynamo.config.recompile_limit = GRAPHS
             for layer in model.base_model.layers:
                 layer.forward = self.compiled(layer.forward)
+        parallel.spread(model)
 
     def compiled(self, function: F) -> F:
         """The function, compiled where layers are."""
@@ -115,3 +124,24 @@ class Device:
         """The context in which forward passes run."""
         dtype = getattr(torch, self.compute)
         return torch.autocast(self.kind, dtype=dtype, enabled=self.compute != "float32")
+
+
+def initial_model(
+    spec: ModelSpec,
+    parametrization: Parametrization,
+    device: Device,
+    parallel: Parallel = ALONE,
+    *,
+    seed: int,
+    eos_token_id: int = 0,
+) -> PreTrainedModel:
+    """A new model of this shape, placed; of one that ranks share none holds more than its part."""
+    if parallel.mesh is None:
+        model = build.build(spec, parametrization, seed=seed, eos_token_id=eos_token_id)
+        device.place(model)
+        return model
+    model = build.skeleton(build.new_config(spec, eos_token_id))
+    initial = build.initial_values(model, spec, parametrization, seed)
+    device.place(model, parallel)
+    materialise(model, device.kind, initial)
+    return model

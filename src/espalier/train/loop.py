@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +24,7 @@ from espalier.spec import ModelSpec
 from espalier.train.checkpoint import Progress
 from espalier.train.device import Device
 from espalier.train.optim import Optimizer
+from espalier.train.parallel import ALONE, Pairs, Parallel, within
 
 Objective = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None], Tensor]
 Ending = Literal["done", "budget", "signal"]
@@ -91,6 +91,14 @@ class Meter:
         self._latest.clear()
         self._latest.extend((step, step))
 
+    def ended(self) -> Ending | None:
+        """Why there is no further step, on all ranks alike: a signal to any of them, or a budget that the leader sees
+        to be spent.
+        """
+        stopped, spent = self.run.world.largest(self.run.stop_signal or 0, not self.allows_another())
+        self.run.stop_signal = stopped or None
+        return "signal" if stopped else "budget" if spent else None
+
     def allows_another(self) -> bool:
         """Whether a step as dear as the second dearest of the latest could be paid, the reserve untouched.
 
@@ -125,15 +133,14 @@ def train(
     device: Device,
     meter: Meter,
     moments: Sequence[Moment] = (),
+    parallel: Parallel = ALONE,
 ) -> Ending:
     """Train until the segment's last step, the budget or a signal; the state is always that of a finished step."""
     try:
         while state.progress.step < segment.until_step:
-            if meter.run.stop_signal is not None:
-                return "signal"
-            if not meter.allows_another():
-                return "budget"
-            step = update(state, stream, segment, objective, device)
+            if ending := meter.ended():
+                return ending
+            step = update(state, stream, segment, objective, device, parallel)
             meter.count(state, step)
             for moment in moments:
                 moment(state, step)
@@ -142,19 +149,23 @@ def train(
         meter.flush(state)
 
 
-def update(state: State, stream: Stream, segment: Segment, objective: Objective, device: Device) -> Step:
+def update(
+    state: State, stream: Stream, segment: Segment, objective: Objective, device: Device, parallel: Parallel = ALONE
+) -> Step:
     """One optimizer step. `NumericsError` before any weight changes if the loss or a gradient isn't finite."""
     begin = time.perf_counter()
     progress = state.progress
-    batch = stream.batch(progress.samples, segment.rows)
+    micro_rows = min(segment.micro_rows, segment.rows // parallel.data_ranks)
+    rank, ranks = parallel.data_rank, parallel.data_ranks
+    batch = stream.batch(progress.samples, segment.rows, rank=rank, ranks=ranks, together=micro_rows)
     factor = segment.factor(progress.step)
     state.optimizer.set_factor(factor)
     state.optimizer.set_level(segment.level(progress.step))
-    loss = backward(state.model, batch, segment.micro_rows, objective, device)
+    loss = backward(state.model, batch, micro_rows, objective, device, parallel)
     grad_norm = float(state.optimizer.clip())
     require_finite(loss, grad_norm, progress)
     state.optimizer.step()
-    tokens = batch.input_ids.size
+    tokens = segment.rows * stream.sequence_length
     flops = tokens * segment.flops_per_token
     state.progress = replace(
         progress,
@@ -166,17 +177,30 @@ def update(state: State, stream: Stream, segment: Segment, objective: Objective,
     return Step(loss, grad_norm, factor, tokens, flops, time.perf_counter() - begin)
 
 
-def backward(model: PreTrainedModel, batch: Batch, micro_rows: int, objective: Objective, device: Device) -> float:
-    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the mean loss."""
-    labelled = int((batch.labels >= 0).sum())
-    total = torch.zeros((), device=device.kind)
+def backward(
+    model: PreTrainedModel,
+    batch: Batch,
+    micro_rows: int,
+    objective: Objective,
+    device: Device,
+    parallel: Parallel = ALONE,
+) -> float:
+    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the mean loss.
+
+    batch  this rank's rows; the loss is the mean over all ranks' labels
+    """
+    labelled = sum(int(row[0]) for row in parallel.gathered(int((batch.labels >= 0).sum())))
+    gradients = Pairs([weight for weight in model.parameters() if weight.requires_grad])
+    losses: list[Tensor] = []
     for begin in range(0, len(batch.input_ids), micro_rows):
-        inputs, labels, positions = device.tensors(batch.rows(begin, begin + micro_rows))
+        inputs = device.tensors(batch.rows(begin, begin + micro_rows))
         with device.autocast():
-            loss = objective(model, inputs, labels, positions) / labelled
+            loss = within(model, objective, *inputs) / labelled
         loss.backward()
-        total += loss.detach()
-    return float(total)
+        losses.append(loss.detach())
+        gradients.add(last=begin + micro_rows >= len(batch.input_ids))
+    rounds = zip(*parallel.gathered(*map(float, losses)), strict=True)
+    return sum(loss for ranks in rounds for loss in ranks)
 
 
 def require_finite(loss: float, grad_norm: float, progress: Progress) -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from espalier.train.parallel import local, part
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -52,34 +54,36 @@ class Masks:
 
     def __init__(self, weights: Mapping[str, Tensor], slots: Slots, unmasked: Mapping[str, Tensor]) -> None:
         self.slots = slots
-        self.unmasked = {name: unmasked[name].detach().clone() for name in slots.names}
+        self.unmasked = {name: part(unmasked[name].detach(), weights[name]).clone() for name in slots.names}
         self._weights = {name: weights[name] for name in slots.names}
         self._factors: dict[str, Tensor] = {}
 
     def set_level(self, level: float) -> None:
         """Show the weights at this level, 0 to 1; at 1 they are the unmasked ones, bit for bit."""
-        factors = {name: self.slots.factor(name, level) for name in self.unmasked}
-        self._factors = {name: factor.to(self._weights[name]) for name, factor in factors.items()}
+        for name in self.unmasked:
+            weight = self._weights[name]
+            factor = self.slots.factor(name, level).to(local(weight))
+            self._factors[name] = local(part(factor.expand(weight.shape), weight))
         self._show()
 
     def scale_gradients(self) -> None:
         """Turn the gradients of the masked weights into those of the unmasked."""
         for name in self.unmasked:
             if (gradient := self._weights[name].grad) is not None:
-                gradient.mul_(self._factors[name])
+                local(gradient).mul_(self._factors[name])
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """With the unmasked weights in the model's place, to be changed."""
         with torch.no_grad():
             for name, unmasked in self.unmasked.items():
-                self._weights[name].copy_(unmasked)
+                local(self._weights[name]).copy_(local(unmasked))
             yield
             for name, unmasked in self.unmasked.items():
-                unmasked.copy_(self._weights[name])
+                local(unmasked).copy_(local(self._weights[name]))
         self._show()
 
     @torch.no_grad()
     def _show(self) -> None:
         for name, unmasked in self.unmasked.items():
-            self._weights[name].copy_(unmasked * self._factors[name])
+            local(self._weights[name]).copy_(local(unmasked) * self._factors[name])

@@ -13,7 +13,7 @@ from espalier import units
 from espalier.budget.plan import Plan
 from espalier.ledger import Cost
 from espalier.run import Run
-from espalier.train.checkpoint import Progress
+from espalier.train.checkpoint import Progress, Saver
 from espalier.train.loop import Meter, State, Step
 from espalier.train.validate import HeldOut
 
@@ -93,22 +93,30 @@ class Validate:
 
 
 class Save:
-    """A checkpoint every `every` steps; the ledger is charged for it."""
+    """A checkpoint every `every` steps; the ledger is charged for it.
 
-    def __init__(self, run: Run, meter: Meter, save: Callable[[State], None], *, every: int):
-        self.run, self.meter, self.save, self.every = run, meter, save, every
+    need_bytes  of a checkpoint of a state
+    """
+
+    def __init__(self, run: Run, meter: Meter, saver: Saver, *, every: int, need_bytes: Callable[[State], int]):
+        self.run, self.meter, self.saver, self.every, self.need_bytes = run, meter, saver, every, need_bytes
         self._saved: Progress | None = None
 
     def __call__(self, state: State, step: Step) -> None:
         if state.progress.step % self.every == 0:
-            self.now(state)
+            self._begin(state)
+        else:
+            self.saver.poll()
 
     def now(self, state: State) -> None:
-        """Save, whatever the step; once for a state, however often it is asked for."""
-        if self._saved == state.progress:
-            return
+        """Save, whatever the step, once for a state, however often it is asked for: it is there afterwards."""
+        if self._saved != state.progress:
+            self._begin(state)
+        self.saver.finish()
+
+    def _begin(self, state: State) -> None:
         self.meter.flush(state)
-        self.save(state)
+        self.saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=self.need_bytes(state))
         self._saved = state.progress
         self.run.charge("checkpoint", stage=state.progress.stage, step=state.progress.step)
 

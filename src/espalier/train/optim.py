@@ -6,7 +6,7 @@ Names, not positions, tie state to weights: so a growth can map it and a checkpo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from espalier.model.mup import Parametrization, role
 from espalier.spec import ModelSpec
 from espalier.train.masks import Masks, Slots
+from espalier.train.muon import Muon
+from espalier.train.parallel import ALONE, Parallel, gradient_norm, local, part
 from espalier.train.recipe import OptimizerRecipe
 
 # A quantity beside the optimizer's own: what a masked weight is without its mask.
 UNMASKED = "unmasked"
+# What keeps the factor of a gradient of 0 finite.
+CLIP_EPSILON = 1e-6
 
 State = dict[str, dict[str, Tensor]]
 
@@ -26,8 +30,15 @@ State = dict[str, dict[str, Tensor]]
 class Optimizer:
     """The optimizer of one model: one or two of torch's, stepped together."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, recipe: OptimizerRecipe, parametrization: Parametrization):
-        self.recipe = recipe
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        recipe: OptimizerRecipe,
+        parametrization: Parametrization,
+        parallel: Parallel = ALONE,
+    ) -> None:
+        self.recipe, self.parallel = recipe, parallel
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         self.names: dict[Tensor, str] = {weight: name for name, weight in named}
         matrices = [weight for name, weight in named if role(name, tuple(weight.shape)) == "matrix"]
@@ -41,24 +52,22 @@ class Optimizer:
             "eps": recipe.adam_epsilon,
             "fused": True,
         }
-        vector_group = {"params": vectors, "lr": recipe.vector_learning_rate, "weight_decay": 0.0}
+        vector_groups = _groups_of(vectors, lr=recipe.vector_learning_rate, weight_decay=0.0)
         if recipe.name == "muon":
             self.parts: list[torch.optim.Optimizer] = [
-                torch.optim.Muon(
+                Muon(
                     matrices,
                     lr=recipe.learning_rate,
                     weight_decay=recipe.weight_decay,
                     momentum=recipe.muon_momentum,
                 ),
-                torch.optim.AdamW([vector_group], **adam),
+                torch.optim.AdamW(vector_groups, **adam),
             ]
         else:
-            matrix_group = {
-                "params": matrices,
-                "lr": recipe.learning_rate / width,
-                "weight_decay": recipe.weight_decay * width,
-            }
-            self.parts = [torch.optim.AdamW([matrix_group, vector_group], **adam)]
+            matrix_groups = _groups_of(
+                matrices, lr=recipe.learning_rate / width, weight_decay=recipe.weight_decay * width
+            )
+            self.parts = [torch.optim.AdamW(matrix_groups + vector_groups, **adam)]
         for group in self._groups():
             group["peak"] = group["lr"]
         self.masks: Masks | None = None
@@ -82,7 +91,11 @@ class Optimizer:
         """Scale the gradients down to `max_grad_norm` together; their norm before (a scalar)."""
         if self.masks:
             self.masks.scale_gradients()
-        return nn.utils.clip_grad_norm_(self.names, self.recipe.max_grad_norm)
+        gradients = [weight.grad for weight in self.names if weight.grad is not None]
+        norm = gradient_norm(gradients, self.parallel)
+        scale = (self.recipe.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale.float())
+        return norm
 
     def step(self) -> None:
         """Update the weights and drop the gradients."""
@@ -104,15 +117,24 @@ class Optimizer:
 
     def load_state(self, state: State) -> None:
         """Take over the state of an optimizer of the same kind for the same parameters; masks are set by `mask`."""
-        for part in self.parts:
-            for group in part.param_groups:
+        for optimizer in self.parts:
+            for group in optimizer.param_groups:
                 for weight in group["params"]:
-                    part.state[weight] = {
-                        key: value.clone()
+                    optimizer.state[weight] = {
+                        key: part(value, weight).clone()
                         for key, value in state.get(self.names[weight], {}).items()
                         if key != UNMASKED
                     }
 
     def _groups(self) -> Iterator[dict]:
-        for part in self.parts:
-            yield from part.param_groups
+        for optimizer in self.parts:
+            yield from optimizer.param_groups
+
+
+def _groups_of(weights: Sequence[Tensor], **settings: Any) -> list[dict[str, Any]]:
+    """Weights with the same settings, those of one mesh at a time: one call can't take tensors of several."""
+    meshes = list(dict.fromkeys(getattr(weight, "device_mesh", None) for weight in weights)) or [None]
+    return [
+        {"params": [weight for weight in weights if getattr(weight, "device_mesh", None) == mesh], **settings}
+        for mesh in meshes
+    ]

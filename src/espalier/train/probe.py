@@ -16,12 +16,12 @@ import torch
 
 from espalier import files
 from espalier.data.stream import Batch
-from espalier.model import build
 from espalier.model.mup import Parametrization
 from espalier.spec import ModelSpec
-from espalier.train.device import Device
+from espalier.train.device import Device, initial_model
 from espalier.train.loop import Objective, backward
 from espalier.train.optim import Optimizer
+from espalier.train.parallel import ALONE, Parallel
 from espalier.train.recipe import OptimizerRecipe
 
 
@@ -49,8 +49,12 @@ def probe(
     sequence_length: int,
     home: Path,
     repeats: int = 3,
+    parallel: Parallel = ALONE,
 ) -> Speed:
-    """Time real micro-batches and updates of a model of this shape on random tokens; kept for the next run here."""
+    """Time real micro-batches and updates of a model of this shape on random tokens; kept for the next run here.
+
+    Ranks that share the training are timed together, and what the leader measures counts.
+    """
     key = files.digest(
         {
             "spec": spec.model_dump(),
@@ -59,15 +63,19 @@ def probe(
             "batch": [micro_rows, sequence_length],
             "torch": torch.__version__,
             "machine": [platform.node(), platform.processor(), os.cpu_count()],
+            **parallel.described(),
         }
     )
-    path = home / "speeds" / f"{key}.json"
-    if path.exists():
-        return Speed(**json.loads(path.read_text()))
-    speed = _measure(spec, parametrization, optimizer_recipe, objective, device, micro_rows, sequence_length, repeats)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, asdict(speed))
-    return speed
+    world, path = parallel.world, home / "speeds" / f"{key}.json"
+    if kept := world.told(json.loads(path.read_text()) if world.leads and path.exists() else None):
+        return Speed(**kept)
+    speed = _measure(
+        spec, parametrization, optimizer_recipe, objective, device, micro_rows, sequence_length, repeats, parallel
+    )
+    if world.leads:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, asdict(speed))
+    return Speed(**world.told(asdict(speed)))
 
 
 def _measure(
@@ -79,20 +87,20 @@ def _measure(
     micro_rows: int,
     sequence_length: int,
     repeats: int,
+    parallel: Parallel,
 ) -> Speed:
-    model = build.build(spec, parametrization, seed=0)
-    device.place(model)
-    optimizer = Optimizer(model, spec, optimizer_recipe, parametrization)
+    model = initial_model(spec, parametrization, device, parallel, seed=0)
+    optimizer = Optimizer(model, spec, optimizer_recipe, parametrization, parallel)
     ids = np.random.default_rng(0).integers(0, spec.vocab_size, (micro_rows, sequence_length + 1))
     batch = Batch(ids[:, :-1], ids[:, 1:], None)
     begin = time.perf_counter()
     passes, updates = [], []
     for _ in range(repeats + 1):
-        passes.append(_timed(lambda: backward(model, batch, micro_rows, objective, device)))
+        passes.append(_timed(lambda: backward(model, batch, micro_rows, objective, device, parallel)))
         updates.append(_timed(lambda: _update(optimizer)))
     per_pass, per_update = statistics.median(passes[1:]), statistics.median(updates[1:])
     ready = time.perf_counter() - begin - sum(passes[1:]) - sum(updates[1:])
-    return Speed(per_pass / batch.input_ids.size, per_update, ready)
+    return Speed(per_pass / (batch.input_ids.size * parallel.data_ranks), per_update, ready)
 
 
 def _update(optimizer: Optimizer) -> None:

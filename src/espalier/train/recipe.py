@@ -96,6 +96,20 @@ class ScheduleRecipe(Recipe):
         return self.min_ratio + (1 - self.min_ratio) * left
 
 
+class ParallelRecipe(Recipe):
+    """How the ranks that torchrun starts share a model: as copies, each divided among `shard` ranks, whose products are
+    divided among `tensor` ranks.
+
+    shard   ranks that hold one copy together; all that there are, if not stated
+    tensor  ranks that divide every product; a divisor of those on a machine
+    gather  dtype in which a layer's weights are sent to the ranks that need them
+    """
+
+    shard: int | None = Field(default=None, gt=0)
+    tensor: int = Field(default=1, gt=0)
+    gather: Literal["float32", "bfloat16"] = "float32"
+
+
 class TrainRecipe(Recipe):
     """Batches, and how often things happen.
 
@@ -104,6 +118,10 @@ class TrainRecipe(Recipe):
     evaluations                  how often the held-out loss is taken over the whole run
     eval_tokens                  held-out text of each; if not stated, as much as half the budget's reserve pays for
     logging_steps                if not stated, 300 lines for the whole run
+    keep_checkpoints             how many of the newest stay
+    keep_every                   of the others, those whose step is a multiple of this stay too
+    save                         "at once", or "beside" the training, from a copy; "auto" is beside it on GPUs, whose
+                                 states have room in the host's memory
     keep                         "newest" checkpoints alone, or the model at the end of each of the "stages" too
     torch_compile                "auto" compiles when the run is long enough to repay it
     bf16                         "auto" uses bfloat16 matmuls where they were measured to be faster
@@ -118,10 +136,13 @@ class TrainRecipe(Recipe):
     eval_tokens: int | None = Field(default=None, gt=0)
     save_steps: int = Field(default=100, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
+    keep_every: int | None = Field(default=None, gt=0)
+    save: Literal["auto", "at once", "beside"] = "auto"
     keep: Literal["newest", "stages"] = "newest"
     torch_compile: Literal["auto", "on", "off"] = "auto"
     bf16: Literal["auto", "on", "off"] = "auto"
     recompute: Literal["none", "layers"] = "none"
+    parallel: ParallelRecipe = ParallelRecipe()
     threads: int | None = Field(default=None, gt=0, description="CPU threads; the cores that are free, if not stated")
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from espalier.data.stream import Stream
 from espalier.train.device import Device
 from espalier.train.loop import Objective
+from espalier.train.parallel import ALONE, Parallel, forget, within
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,37 @@ def validate(
     *,
     rows: int,
     micro_rows: int,
+    parallel: Parallel = ALONE,
 ) -> HeldOut:
-    """The loss over `rows` rows spread over a stream, always the same ones. byte_lengths: bytes of each token id."""
+    """The loss over `rows` rows spread over a stream, always the same ones, in batches that the ranks take in turn.
+
+    byte_lengths: bytes of each token id
+    """
     chosen = stream.spread(rows)
-    losses, labels, text_bytes = [], [], []
+    begins = range(0, len(chosen), micro_rows)
+    measured: list[float] = []
     with device.evaluation(), device.autocast():
-        for begin in range(0, len(chosen), micro_rows):
+        for turn in range(0, len(begins), parallel.data_ranks):
+            # Ranks pass together: one that has no batch left takes the last once more, for nothing.
+            begin = begins[min(turn + parallel.data_rank, len(begins) - 1)]
             batch = stream.take(chosen[begin : begin + micro_rows])
-            inputs, targets, positions = device.tensors(batch)
-            losses.append(float(objective(model, inputs, targets, positions).detach()))
+            loss = float(within(model, objective, *device.tensors(batch)).detach())
             kept = batch.labels[batch.labels >= 0]
-            labels.append(kept.size)
-            text_bytes.append(int(byte_lengths[kept].sum()))
+            measured += [loss, kept.size, int(byte_lengths[kept].sum())]
+    forget(model)
+    batches = tuple(
+        (loss, int(labels), int(text))
+        for ranks in zip(*map(_triples, parallel.gathered(*measured)), strict=True)
+        for loss, labels, text in ranks
+    )[: len(begins)]
+    losses, labels, text_bytes = map(list, zip(*batches, strict=True))
     bpb = sum(losses) / math.log(2) / max(sum(text_bytes), 1)
     error = _standard_error(losses, labels)
-    batches = tuple(zip(losses, labels, text_bytes, strict=True))
     return HeldOut(sum(losses) / sum(labels), bpb, sum(labels), error, batches)
+
+
+def _triples(numbers: list[float]) -> list[tuple[float, ...]]:
+    return [tuple(numbers[begin : begin + 3]) for begin in range(0, len(numbers), 3)]
 
 
 def _standard_error(losses: list[float], labels: list[int]) -> float:
