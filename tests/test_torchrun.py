@@ -28,7 +28,7 @@ def under_torchrun(monkeypatch, tmp_path):
     return under_torchrun
 
 
-CODES = (0, 1, *range(2, 9), 10, 130, 143)
+CODES = (0, 1, *range(2, 10), 10, 130, 143)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -45,7 +45,7 @@ def test_what_left_a_model_is_success_to_torchrun(under_torchrun, code):
 @pytest.mark.parametrize("code", CODES)
 def test_the_code_is_told_and_only_what_a_start_may_mend_has_failed(under_torchrun, code):
     path = under_torchrun(told=True)
-    assert torchrun.ended(code) == (code if code in (1, errors.RunError.exit_code) else 0)
+    assert torchrun.ended(code) == (code if code in (1, errors.RankError.exit_code) else 0)
     assert path.read_text() == str(code)
 
 
@@ -70,7 +70,7 @@ def test_torchrun_reads_the_command():
     assert streams.keys() == {1, 2}, "the first rank's output is shown"
 
 
-@pytest.mark.parametrize("then, code", [("sys.exit(7)", 7), ("tell(10)", 10), ("tell(5); sys.exit(1)", 5)])
+@pytest.mark.parametrize("then, code", [("sys.exit(7)", 7), ("tell(10)", 10), ("tell(9); sys.exit(1)", 9)])
 def test_the_code_that_was_told_is_the_one(monkeypatch, tmp_path, then, code):
     fake(monkeypatch, tmp_path, then)
     assert torchrun.carry_out(Start(2), []) == code

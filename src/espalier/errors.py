@@ -81,6 +81,12 @@ class BudgetError(UserError):
     exit_code = 8
 
 
+class RankError(UserError):
+    """One of a run's processes that died or hung; what was saved before is intact, and another start goes on."""
+
+    exit_code = 9
+
+
 def to_json(error: Exception) -> dict[str, str]:
     """An error as another process is told of it."""
     if isinstance(error, UserError):

@@ -24,8 +24,8 @@ STARTED = "TORCHELASTIC_RUN_ID"
 # The file in which the first rank of a machine leaves its exit code.
 TOLD = "ESPALIER_EXIT_CODE"
 LEFT_A_MODEL = (errors.EXIT_BUDGET_SPENT, errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED)
-# What another start may mend: a bug, as a machine at fault looks like one; a rank that is dead or hangs.
-MENDABLE = (1, errors.RunError.exit_code)
+# What another start may mend: what looks like a bug and may be a machine's fault; a rank that is dead or hangs.
+MENDABLE = (1, errors.RankError.exit_code)
 PORT = 29500
 
 

@@ -72,7 +72,13 @@ def setting_of(stream, tmp_path):
             return validate(state.model, stream, byte_lengths, NextToken(), Device(), **more)
 
         told = {"peak_flops": 1e9, "terminal": False, "objective": NextToken(), "device": Device(**device)}
-        told |= {"evaluation": Cost(), "end": reserve or Cost(), "share": 0.0, "keep": lambda plan: None, "parallel": ALONE}
+        told |= {
+            "evaluation": Cost(),
+            "end": reserve or Cost(),
+            "share": 0.0,
+            "keep": lambda plan: None,
+            "parallel": ALONE,
+        }
         return Setting(run, stream, held_out, tokenizer=tokenizer, **told)
 
     return setting_of
