@@ -156,14 +156,14 @@ def lost(way: str, which: Host, work: Path) -> dict:
     which.kill()
     killed = time.monotonic()
     if way == "killed":
+        time.sleep(1)  # that its connections broke is told before it is cut off
         which.unplug()
     code = running[other].wait(PATIENCE)
     ended = time.monotonic() - killed
     running[which].wait(PATIENCE)
     left = other.processes()
-    said = [
-        line for line in (work / f"{other.name}.log").read_text(errors="replace").splitlines() if which.name in line
-    ]
+    lines = (work / f"{other.name}.log").read_text(errors="replace").splitlines()
+    said = [line.strip() for line in lines if line.split()[:1] in (["where"], ["found"], ["expected"], ["mend"])]
     reached = step_of(run)
 
     begin = time.monotonic()
@@ -176,7 +176,7 @@ def lost(way: str, which: Host, work: Path) -> dict:
         "other_ended_after_seconds": ended,
         "other_code": code,
         "other_processes_left": len(left),
-        "other_said": said[-6:],
+        "other_said": said[-4:],
         "alone_code": alone,
         "alone_seconds": time.monotonic() - begin,
         "resumed": [line for line in (work / f"{other.name}.log").read_text().splitlines() if "Resumed" in line][-1:],
