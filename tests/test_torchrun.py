@@ -16,14 +16,14 @@ from espalier.torchrun import Start
 
 @pytest.fixture
 def under_torchrun(monkeypatch, tmp_path):
-    """This process is a rank, and whoever started torchrun wants to be told its code in a file."""
+    """This process is a rank, and whoever started torchrun wants to be told its code."""
 
     def under_torchrun(*, told: bool, local_rank: int = 0) -> Path:
         monkeypatch.setenv(torchrun.STARTED, "job")
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         if told:
-            monkeypatch.setenv(torchrun.TOLD, str(tmp_path / "code"))
-        return tmp_path / "code"
+            monkeypatch.setenv(torchrun.TOLD, str(tmp_path))
+        return tmp_path / str(local_rank)
 
     return under_torchrun
 
@@ -49,12 +49,6 @@ def test_the_code_is_told_and_only_what_a_start_may_mend_has_failed(under_torchr
     assert path.read_text() == str(code)
 
 
-def test_only_the_first_rank_of_a_machine_tells(under_torchrun):
-    path = under_torchrun(told=True, local_rank=1)
-    torchrun.ended(10)
-    assert not path.exists()
-
-
 def test_torchrun_reads_the_command():
     from torch.distributed.run import config_from_args, parse_args
 
@@ -70,13 +64,23 @@ def test_torchrun_reads_the_command():
     assert streams.keys() == {1, 2}, "the first rank's output is shown"
 
 
-@pytest.mark.parametrize("then, code", [("sys.exit(7)", 7), ("tell(10)", 10), ("tell(9); sys.exit(1)", 9)])
+@pytest.mark.parametrize(
+    "then, code",
+    [
+        ("sys.exit(7)", 7),
+        ("tell(10, 10)", 10),
+        ("tell(9, 9); sys.exit(1)", 9),
+        ("tell(9); sys.exit(1)", 9),
+        ("tell(0, 9); sys.exit(1)", 9),
+        ("tell(0, 0); sys.exit(1)", 0),  # torchrun was signalled, and all were done
+    ],
+)
 def test_the_code_that_was_told_is_the_one(monkeypatch, tmp_path, then, code):
     fake(monkeypatch, tmp_path, then)
     assert torchrun.carry_out(Start(2), []) == code
 
 
-def test_a_rank_that_failed_is_not_covered_by_one_that_is_done(monkeypatch, tmp_path):
+def test_a_rank_that_was_killed_is_not_covered_by_one_that_is_done(monkeypatch, tmp_path):
     fake(monkeypatch, tmp_path, "tell(0); sys.exit(1)")
     assert torchrun.carry_out(Start(2), []) == 1
 
@@ -89,7 +93,7 @@ import sys
 from pathlib import Path
 from espalier import torchrun
 from tests.test_torchrun import fake_command
-then = "signal.signal({int(number)}, lambda *_: (tell(143), sys.exit(1))); tell(0); time.sleep(20)"
+then = "signal.signal({int(number)}, lambda *_: (tell(143, 143), sys.exit(1))); time.sleep(20)"
 torchrun.Start.command = lambda self, arguments: fake_command(Path({str(tmp_path)!r}), then)
 sys.exit(torchrun.carry_out(torchrun.Start(2), []))
 """
@@ -109,11 +113,12 @@ def fake(monkeypatch, folder: Path, then: str) -> None:
 
 
 def fake_command(folder: Path, then: str) -> list[str]:
-    """Torchrun's stand-in: `tell(code)` leaves a code as a rank would; its process is in the file `pid`."""
+    """Torchrun's stand-in: `tell(codes)` leaves codes as ranks would; its process is in the file `pid`."""
     program = f"""
 import os, pathlib, signal, sys, time
-def tell(code):
-    pathlib.Path(os.environ[{torchrun.TOLD!r}]).write_text(str(code))
+def tell(*codes):
+    for rank, code in enumerate(codes):
+        pathlib.Path(os.environ[{torchrun.TOLD!r}], str(rank)).write_text(str(code))
 {then.replace("time.sleep", f"pathlib.Path({str(folder / 'pid')!r}).write_text(str(os.getpid())); time.sleep")}
 """
     return [sys.executable, "-c", program]

@@ -1,10 +1,9 @@
 """Launch: a recipe as a job of somebody else's machines: a batch script for Slurm, a task for SkyPilot.
 
-A job of several devices calls `espalier launch here` on each machine, which starts a process for each of them.
-
-Both keep the run folder where the next attempt finds it and goes on from the newest checkpoint; a spent budget is the
-end of a run that left its model, and no failure. The resolved recipe lies beside the job as `NAME.recipe.yaml`, so
-that editing the first one changes nothing that is under way.
+A job of several devices calls `espalier launch here` on each machine, which starts a process for each device. Jobs keep
+the run folder where the next attempt finds it and goes on from the newest checkpoint; a spent budget is the end of a
+run that left its model, and no failure. The resolved recipe lies beside the job as `NAME.recipe.yaml`, so that editing
+the first one changes nothing that is under way.
 """
 
 from __future__ import annotations
@@ -61,17 +60,17 @@ ACCELERATORS = {
 class Job:
     """A run, the machine that it is to have, and how Espalier is called there.
 
-    key       the machine's key in the catalogue
-    row       all machines together
-    seconds   what the run takes by its `basis`
-    basis     "budget", at whose end it stops, or "estimated", from its stages, where the budget doesn't limit time
-    usd       what so long costs
-    cpus      cores of each machine
-    memory    GB of RAM of each machine
-    setup     shell commands that make Espalier ready, "" for none
-    command   what calls it
-    processes on each machine
-    nodes     machines
+    key        the machine's key in the catalogue
+    row        all machines together
+    seconds    what the run takes by its `basis`
+    basis      "budget", at whose end it stops, or "estimated", from its stages, where the budget doesn't limit time
+    usd        what so long costs
+    cpus       cores of each machine
+    memory     GB of RAM of each machine
+    setup      shell commands that make Espalier ready, "" for none
+    command    what calls it
+    processes  of each machine
+    nodes      machines
     """
 
     recipe: PretrainRecipe
@@ -103,7 +102,6 @@ class Job:
         """Price a recipe on machines of a row of the catalogue; what can't be trained there is refused.
 
         Each device has a process, which beside others holds its part of the model; a machine of processors is one.
-
         BudgetError when a stage doesn't fit the memory, or when neither the budget nor the stages say how long the
         run may take.
         """
@@ -145,7 +143,7 @@ class Job:
         """The job in a line."""
         limit = "at most, by its budget" if self.basis == "budget" else "estimated"
         cost = f"{units.duration(self.seconds)} and {units.money(self.usd)}"
-        devices = f"{self.ranks} x " if self.ranks > 1 else ""
+        devices = f"{self.ranks} × " if self.ranks > 1 else ""
         return f"{self.recipe.name} on {devices}{self.row.name}: {cost} {limit}"
 
     @property

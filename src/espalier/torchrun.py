@@ -2,7 +2,7 @@
 
 To torchrun a process that ends with any code but 0 has failed: it ends the others, starts all again if it may, and
 ends with 1 and a traceback. So a rank whose run left a model ends with 0 there. Whoever starts torchrun from here is
-told the code in a file, and then a refusal, which no other start would mend, is no failure for torchrun either.
+told the codes in files, and then a refusal, which no other start would mend, is no failure for torchrun either.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from espalier import errors, files
 
 # Set by torchrun for the processes that it starts.
 STARTED = "TORCHELASTIC_RUN_ID"
-# The file in which the first rank of a machine leaves its exit code.
-TOLD = "ESPALIER_EXIT_CODE"
+# The folder in which each rank of a machine leaves its exit code, in a file named by its number there.
+TOLD = "ESPALIER_EXIT_CODES"
 LEFT_A_MODEL = (errors.EXIT_BUDGET_SPENT, errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED)
 # What another start may mend: what looks like a bug and may be a machine's fault; a rank that is dead or hangs.
 MENDABLE = (1, errors.RankError.exit_code)
@@ -62,20 +62,21 @@ class Start:
 
 
 def carry_out(start: Start, arguments: Sequence[str]) -> int:
-    """Run `espalier ARGUMENTS` in every process and pass signals on; the exit code of the machine's first rank."""
+    """Run `espalier ARGUMENTS` in every process and pass signals on; the exit code, of this machine's ranks the first but 0."""
     if start.logs:
         with files.disk_errors(start.logs):
             start.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "code"
-        environment = {"OMP_NUM_THREADS": str(threads(start.processes)), **os.environ, TOLD: str(told)}
+        environment = {"OMP_NUM_THREADS": str(threads(start.processes)), **os.environ, TOLD: folder}
         # In a session of its own it hears Ctrl-C once, from here, and not from the terminal too.
         with (
             subprocess.Popen(start.command(arguments), env=environment, start_new_session=True) as process,
             _passed_on(process),
         ):
             code = process.wait()
-        return (int(told.read_text()) if told.exists() else 0) or code
+        told = [int(path.read_text()) for path in sorted(Path(folder).iterdir())]
+    silent = code if len(told) < start.processes else 0
+    return next((code for code in told if code), silent)
 
 
 def ended(code: int) -> int:
@@ -84,8 +85,7 @@ def ended(code: int) -> int:
         return code
     if TOLD not in os.environ:
         return 0 if code in LEFT_A_MODEL else code
-    if os.environ["LOCAL_RANK"] == "0":
-        Path(os.environ[TOLD]).write_text(str(code))
+    (Path(os.environ[TOLD]) / os.environ["LOCAL_RANK"]).write_text(str(code))
     return code if code in MENDABLE else 0
 
 
