@@ -62,7 +62,7 @@ class Start:
 
 
 def carry_out(start: Start, arguments: Sequence[str]) -> int:
-    """Run `espalier ARGUMENTS` in every process and pass signals on; the exit code, of this machine's ranks the first but 0."""
+    """Run `espalier ARGUMENTS` in every process and pass signals on; the first exit code but 0 of the ranks here."""
     if start.logs:
         with files.disk_errors(start.logs):
             start.logs.mkdir(parents=True, exist_ok=True)
