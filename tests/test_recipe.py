@@ -115,6 +115,14 @@ VALUES = {
     "tasks": ["1e5", "items:a: b"],
     "runs": ["1e5", "off"],
     "items": "null",
+    "clusters": [{"name": "1e5", "hardware": "off", "nodes": 2, "devices": 1, "network": "roce", "between": 1e9}],
+    "across": {"bandwidth": 1e8, "latency": 1e-5},
+    "hardware": "off",
+    "nodes": 2,
+    "devices": 1,
+    "network": "roce",
+    "bandwidth": 1e8,
+    "batch": 8,
 }
 BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "IdentityRecipe")} | {
     "Law": {"parameters": {"low": 1e5, "high": 1e7}, "tokens": {"low": 1e6, "high": 1e6}},
@@ -125,6 +133,7 @@ BEYOND = {kind: {"factor": 2} for kind in ("DepthRecipe", "StackRecipe", "Identi
     "QueriesRecipe": {"tokens": "1e5"},
     "LifecycleRecipe": {"budget": 1e5},
     "StageByStageRecipe": {"run": "on"},
+    "PlacementRecipe": {"clusters": "1e5"},
 }
 
 

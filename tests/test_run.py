@@ -16,8 +16,8 @@ from espalier import run as module
 from espalier.errors import RunError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Rates, read
-from espalier.recipe import Recipe
-from espalier.run import LEDGER, LOCK, LOG, METRICS, RECIPE, Run, read_json, read_lines
+from espalier.recipe import ByField, Flagged, Planned, Recipe, Safe
+from espalier.run import CHANGES, LEDGER, LOCK, LOG, METRICS, RECIPE, Run, read_json, read_lines
 
 
 class Stage(Recipe):
@@ -73,7 +73,7 @@ def clock(monkeypatch):
 HOLD = """
 import sys
 from pathlib import Path
-from espalier.recipe import Recipe
+from espalier.recipe import ByField, Flagged, Planned, Recipe, Safe
 from espalier.run import Run
 with Run.start(Path(sys.argv[1]), Recipe()):
     print("held", flush=True)
@@ -122,22 +122,43 @@ def test_the_same_recipe_is_taken_up_and_another_is_refused_by_its_keys(start, f
     start().close()
 
 
-def test_the_part_that_may_change_is_taken_over_until_the_run_is_finished(start, folder, told):
-    start().close()
-    other = Job(stages=(Stage(), Stage(size=3)))
-    run = start(other, may_change="stages", tell=told.append)
-    assert recipe.load(Job, folder / RECIPE) == other
-    assert told[-1] == "Changed since it was begun: stages.1.size: 2 there, 3 now."
-    run.finish("stopped")
+class Marked(Recipe):
+    name: Safe[str] = "x"
+    hours: Planned[float] = 1.0
+    rate: Flagged[float] = 1.0
+    inner: ByField[Job] = Job()
+    seed: int = 1
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("change", "accept", "taken"),
+    [
+        ({"name": "y"}, (), True),
+        ({"hours": 2.0}, (), True),
+        ({"rate": 2.0}, (), False),
+        ({"rate": 2.0, "name": "y"}, ("rate",), True),
+        ({"seed": 2}, ("seed",), False),
+        ({"inner": Job(rate=2.0)}, ("inner.rate",), False),
+    ],
+    ids=str,
+)
+def test_each_class_of_a_change_has_its_verdict(start, folder, change, accept, taken, finished):
+    run = start(Marked())
+    run.finish("finished" if finished else "stopped")
     run.close()
-    with pytest.raises(RunError, match="rate"):
-        start(Job(rate=2.0), may_change="stages")
-    run = start(Job(), may_change="stages")
-    run.finish("finished")
-    run.close()
-    with pytest.raises(RunError, match=r"stages\.1\.size"):
-        start(other, may_change="stages")
-    assert recipe.load(Job, folder / RECIPE) == Job()
+    if taken and not finished:
+        run = start(Marked(**change), accept=accept)
+        lines = list(read_lines(folder / CHANGES))
+        assert {line["key"]: line["now"] for line in lines} == change
+        assert run.made("x", seed=1)["changes"] == lines
+        assert recipe.load(Marked, folder / RECIPE) == Marked(**change)
+    else:
+        with pytest.raises(RunError) as refused:
+            start(Marked(**change), accept=accept)
+        assert ("--accept-changes rate" in refused.value.mend) == (change == {"rate": 2.0} and not finished)
+        assert recipe.load(Marked, folder / RECIPE) == Marked()
+        assert not (folder / CHANGES).exists()
 
 
 def test_a_stored_recipe_that_was_broken_by_hand_is_refused_by_its_line(start, folder):

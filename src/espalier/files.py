@@ -292,10 +292,10 @@ def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:
     )
 
 
-def written(path: Path) -> dict[str, Any]:
-    """What a manifest records of a file that is complete; it is on the disk when this returns."""
+def written(path: Path, sha256: str) -> dict[str, Any]:
+    """What a manifest records of a file that is complete and has this hash; it is on the disk when this returns."""
     _sync(path)
-    return _entry(path, sha256(path))
+    return _entry(path, sha256)
 
 
 def _entry(path: Path, sha256: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from espalier.data.prepare import DataRecipe
 from espalier.grow.progressive import TrainingRecipe
 from espalier.ledger import Cap, Cost, Rates
 from espalier.page import Alternative, Figure, StageRow, View
+from espalier.recipe import ByField
 from espalier.report import Report
 from espalier.spec import ModelSpec
 from espalier.story import shape
@@ -57,7 +58,7 @@ class PlanRecipe(TrainingRecipe):
     """
 
     name: str = Field(default="planned", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    budget: BudgetRecipe = BudgetRecipe()
+    budget: ByField[BudgetRecipe] = BudgetRecipe()
     data: DataRecipe = DataRecipe()
     hardware: str = HERE
     devices: int = Field(default=1, gt=0)

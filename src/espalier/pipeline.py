@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,12 +52,20 @@ class ExpectedRecipe(recipe.Recipe):
 class PretrainRecipe(PlannedRecipe):
     """The main job: what `espalier run` takes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    samples: SampleRecipe = SampleRecipe()
-    expected: ExpectedRecipe | None = Field(default=None, description="written by `espalier plan`")
+    name: recipe.Safe[str] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    samples: recipe.Safe[SampleRecipe] = SampleRecipe()
+    expected: recipe.Safe[ExpectedRecipe | None] = Field(default=None, description="written by `espalier plan`")
 
 
-def main(path: Path, overrides: list[str], *, runs: Path, dry_run: bool, tell: Callable[[str], None]) -> int:
+def main(
+    path: Path,
+    overrides: list[str],
+    *,
+    runs: Path,
+    dry_run: bool,
+    tell: Callable[[str], None],
+    accept: Collection[str] = (),
+) -> int:
     """Carry out a recipe file, by all the processes that torchrun started; the exit code."""
     world = World.here()
     with world.joined(seconds=PATIENCE):
@@ -74,7 +82,7 @@ def main(path: Path, overrides: list[str], *, runs: Path, dry_run: bool, tell: C
             cap=resolved.budget.cap(),
             tell=tell,
             since=began,
-            may_change="budget",
+            accept=accept,
             world=world,
         ) as run:
             if world.told(run.state["status"] if world.leads else None) == "finished":

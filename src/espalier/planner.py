@@ -22,6 +22,7 @@ from espalier.data.prepare import DataRecipe
 from espalier.errors import BudgetError
 from espalier.grow.progressive import GrowthRecipe
 from espalier.ledger import Cap, Cost, Rates
+from espalier.recipe import ByField
 from espalier.run import PLAN, Run, read_json
 from espalier.spec import ModelSpec
 from espalier.world import SINGLE, World
@@ -42,7 +43,7 @@ WORTH_A_TRIAL = 30.0
 class PlannedRecipe(GrowthRecipe):
     """What a plan depends on: the growth run, its data and its budget."""
 
-    budget: BudgetRecipe = BudgetRecipe()
+    budget: ByField[BudgetRecipe] = BudgetRecipe()
     data: DataRecipe = DataRecipe()
 
     @model_validator(mode="after")

@@ -11,10 +11,10 @@ import json
 import re
 import types
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from espalier.errors import RecipeError
 
@@ -31,6 +31,16 @@ class Recipe(BaseModel):
 
 
 R = TypeVar("R", bound=Recipe)
+T = TypeVar("T")
+
+# What becomes of an unfinished run that is told a new value: nothing about the model changes; what is left of the plan
+# is fitted to it, and the run says so; the rest is computed otherwise, which the user has to accept; another run.
+Resume = Literal["safe", "planned", "flag", "refused"]
+# A field's class is stated with its type, or left to the fields of the recipe within. What states none is refused.
+Safe = Annotated[T, Field(json_schema_extra={"resume": "safe"})]
+Planned = Annotated[T, Field(json_schema_extra={"resume": "planned"})]
+Flagged = Annotated[T, Field(json_schema_extra={"resume": "flag"})]
+ByField = Annotated[T, Field(json_schema_extra={"resume": "by field"})]
 
 
 def load(kind: type[R], path: Path | None = None, overrides: list[str] | None = None) -> R:
@@ -84,6 +94,18 @@ def changes(old: dict[Any, Any], new: dict[Any, Any], prefix: str = "") -> list[
         elif before != after:
             found.append((f"{prefix}{key}", before, after))
     return found
+
+
+def resume_class(kind: type[BaseModel], key: str) -> Resume:
+    """What a run that is taken up does with a new value of `key`, as `changes` writes it."""
+    name, _, rest = key.partition(".")
+    field = kind.model_fields.get(name)
+    stated = field.json_schema_extra if field else None
+    found = stated.get("resume", "refused") if isinstance(stated, dict) else "refused"
+    if field and found == "by field":
+        inner = _models_in(field.annotation)
+        return resume_class(inner[0], rest) if inner and rest else "refused"
+    return cast(Resume, found)
 
 
 def _read(path: Path) -> str:

@@ -2,6 +2,7 @@
 
     runs/NAME/recipe.yaml     the resolved recipe
               plan.json       what was planned before anything was spent
+              changes.jsonl   what its recipe was changed to on the way, key by key
               ledger.jsonl    what it cost, entry by entry
               metrics.jsonl   what was logged, step by step
               checkpoint-N/   resumable states, whole or absent
@@ -23,14 +24,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from espalier import files, recipe
+from espalier import files, recipe, watch
 from espalier.errors import RunError, UserError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
@@ -47,6 +48,7 @@ RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
     "results.json",
     "log.txt",
 )
+CHANGES = "changes.jsonl"
 LOCK = ".lock"
 FINAL = "final"
 STAGE = "stage-"  # and its number, from 1
@@ -89,11 +91,11 @@ class Run:
         cap: Cap | None = None,
         tell: Callable[[str], None] = print,
         since: float | None = None,
-        may_change: str = "",
+        accept: Collection[str] = (),
         world: World = SINGLE,
     ) -> Run:
         """As `take_up`, by the leader of a world; the other ranks follow it."""
-        take_up = partial(cls.take_up, folder, resolved, cap=cap, tell=tell, since=since, may_change=may_change)
+        take_up = partial(cls.take_up, folder, resolved, cap=cap, tell=tell, since=since, accept=accept)
         run = world.led(take_up) or Follower(folder, resolved)
         run.world = world
         return run
@@ -107,12 +109,12 @@ class Run:
         cap: Cap | None = None,
         tell: Callable[[str], None] = print,
         since: float | None = None,
-        may_change: str = "",
+        accept: Collection[str] = (),
     ) -> Run:
         """Make the folder, or take up the same recipe's unfinished run; another run's folder is refused.
 
         `since` (seconds of the epoch) is when the time that the run is charged for began; now, if not stated.
-        `may_change` is the part of the recipe in which an unfinished run may be told something new.
+        `accept` names the changed keys of the recipe by which an unfinished run may be computed otherwise from here on.
         """
         with files.disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ class Run:
         run._hold()
         try:
             if (folder / RECIPE).exists():
-                run._same_recipe(may_change)
+                run._same_recipe(accept)
             for name in files.remove_partials(folder):
                 tell(f"Removed {name}: it was never finished.")
             if not (folder / RECIPE).exists():
@@ -224,6 +226,7 @@ class Run:
             "seed": seed,
             "parents": [{"name": p.path.name, "fingerprint": p.fingerprint(), "made": p.made} for p in parents],
             "versions": {name: _version(name) for name in VERSIONED},
+            "changes": list(read_lines(self.folder / CHANGES)),
             "cost": vars(self.ledger.total),
             **more,
         }
@@ -238,6 +241,7 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Let go of the folder; an error goes to log.txt with its traceback and becomes the run's status."""
         if isinstance(error, Exception):
+            error = watch.blamed(error)
             error.log = self.folder / LOG  # type: ignore[attr-defined]
             with contextlib.suppress(OSError, UserError):  # the first error matters more than a full disk
                 log.error("%s", error, exc_info=error)
@@ -268,21 +272,33 @@ class Run:
                 mend="Wait for it, stop it, or choose another name=...",
             ) from None
 
-    def _same_recipe(self, may_change: str) -> None:
-        """Refuse another recipe; take over what is new in the part that may change."""
+    def _same_recipe(self, accept: Collection[str]) -> None:
+        """Refuse another recipe; take over, and record, what an unfinished run may be told anew."""
         differing = recipe.changes(recipe.stored(self.folder / RECIPE), self.recipe.model_dump(mode="json"))
-        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differing[:5])
-        may = may_change and self.state["status"] != "finished"
-        if not all(may and key.startswith(f"{may_change}.") for key, *_ in differing):
+        if not differing:
+            return
+        classes = {key: recipe.resume_class(type(self.recipe), key) for key, *_ in differing}
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} now ({classes[key]})" for key, old, new in differing)
+        flagged = [key for key, found in classes.items() if found == "flag"]
+        finished = self.state["status"] == "finished"
+        if finished or "refused" in classes.values() or not set(flagged) <= set(accept):
+            another = finished or "refused" in classes.values()
             raise RunError(
                 str(self.folder),
-                found=f"another run ({shown})",
+                found=f"{'a finished' if finished else 'another'} run ({shown})",
                 expected="the recipe that the folder was started with",
-                mend="Choose another name=..., or delete the folder.",
+                mend="Choose another name=..., or delete the folder."
+                if another
+                else f"Add --accept-changes {','.join(flagged)} to compute the rest of the run so.",
             )
-        if differing:
-            files.write_text(self.folder / RECIPE, recipe.dump(self.recipe))
-            self.tell(f"Changed since it was begun: {shown}.")
+        now = time.time()
+        lines = [
+            {"key": key, "was": old, "now": new, "class": classes[key], "time": now} for key, old, new in differing
+        ]
+        kept = [*read_lines(self.folder / CHANGES), *lines]
+        files.write_text(self.folder / CHANGES, "".join(json.dumps(line) + "\n" for line in kept))
+        files.write_text(self.folder / RECIPE, recipe.dump(self.recipe))
+        self.tell(f"Changed since it was begun: {shown}.")
 
     def _log_to_file(self) -> None:
         self._handler = logging.FileHandler(self.folder / LOG, encoding="utf-8", delay=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from espalier import errors
+from espalier import errors, watch
 from espalier.errors import UserError
 
 T = TypeVar("T")
@@ -46,8 +46,11 @@ class World:
         return self.size // self.local_size
 
     @contextlib.contextmanager
-    def joined(self, *, seconds: float) -> Iterator[None]:
-        """Connected with the others while the block lasts; nothing waits longer than `seconds` for another rank."""
+    def joined(self, *, seconds: float, deadline: float = watch.DEADLINE) -> Iterator[None]:
+        """Connected with the others while the block lasts; nothing waits longer than `seconds` for another rank.
+
+        One that gives no sign of life for `deadline` seconds, or hangs, ends all: `RankError` names it (`watch`).
+        """
         if self.size == 1:
             yield
             return
@@ -63,7 +66,8 @@ class World:
             backend = "cpu:gloo,cuda:nccl"
         distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
         try:
-            yield
+            with watch.over(self, deadline=deadline, patience=seconds):
+                yield
         finally:
             distributed.destroy_process_group()
 

@@ -149,7 +149,7 @@ def test_the_fullest_rank_and_the_one_that_sends_most_are_those_of_all_stages(la
     layout = layout.model_copy(update={"pipeline": min(pipeline, layers)})
     stages = range(layout.pipeline)
     held = [parallel.stage_memory(spec, layout, batch, stage).total for stage in stages]
-    moved = [sum(one.bytes for one in parallel._transfers(spec, layout, batch, stage)) for stage in stages]
+    moved = [sum(one.bytes for one in parallel.stage_traffic(spec, layout, batch, stage)) for stage in stages]
     assert parallel.rank_memory(spec, layout, batch).total == max(held)
     assert sum(one.bytes for one in parallel.traffic(spec, layout, batch)) == max(moved)
 
@@ -162,7 +162,7 @@ def test_an_update_takes_as_long_as_the_stage_that_sends_longest(layout, how, ti
     links = Links(within=4e7, between=4e7 * slower, per_node=4)
     time = parallel.step_time(spec, layout, batch, A800, links)
     for stage in range(layout.pipeline):
-        moves = parallel._transfers(spec, layout, batch, stage)
+        moves = parallel.stage_traffic(spec, layout, batch, stage)
         sent = sum(move.bytes / links.bandwidth(move.axis, layout) for move in moves)
         assert time.total >= (time.compute + sent) * (1 - 1e-9)
 

@@ -462,7 +462,7 @@ def test_stages_are_kept_the_same_wherever_a_run_was_stopped(carry_out, make_run
 def test_a_stage_that_was_lost_to_a_crash_is_kept_when_the_run_goes_on(carry_out, make_run, reopened, monkeypatch):
     recipe, whole, run = kept(recipe_of(SMALL, LARGE)), make_run(), make_run()
     carry_out(recipe, whole)
-    original = build.save
+    original = build.save_config
 
     def save(model, path, *more):
         original(model, path, *more)
@@ -470,7 +470,7 @@ def test_a_stage_that_was_lost_to_a_crash_is_kept_when_the_run_goes_on(carry_out
             raise ZeroDivisionError
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(build, "save", save)
+        patch.setattr(build, "save_config", save)
         carry_out(recipe, run)
     assert not list(run.folder.glob(f"{STAGE}*")), "whole or not at all"
     again = reopened(run)

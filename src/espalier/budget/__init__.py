@@ -13,4 +13,5 @@ METHODS = {
     "queries": "verbs:queries",
     "finetune": "finetune:finetune",
     "lifecycle": "lifecycle:lifecycle",
+    "placement": "placing:place",
 }

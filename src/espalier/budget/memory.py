@@ -80,7 +80,8 @@ def training_memory(
     casts = SIZE["bfloat16"] * layer_matrices(spec) * autocast
     casts_later = casts if recompute == "none" else casts // spec.num_hidden_layers
 
-    before = masters if passes > 1 else 0
+    # Gradients are added in pairs, pairs of pairs and so on: one set before an even pass, and one for every level.
+    before = masters * ((passes > 1) + ((passes + 1) // 2).bit_length() - 1)
     kept = tokens * activation_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)
     layer = tokens * layer_bytes_per_token(spec, sequence_length, compute, attention, compile=compile)
     again = layer - tokens * layer_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)

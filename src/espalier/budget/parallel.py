@@ -180,7 +180,7 @@ def stage_memory(spec: ModelSpec, layout: Layout, update: Update, stage: int) ->
 def traffic(spec: ModelSpec, layout: Layout, update: Update) -> list[Transfer]:
     """What a rank of the stage that sends most sends in one update."""
     require_fit(spec, layout, update)
-    stages = ([*_transfers(spec, layout, update, stage)] for stage in _unlike(layout))
+    stages = ([*stage_traffic(spec, layout, update, stage)] for stage in _unlike(layout))
     return max(stages, key=lambda transfers: sum(transfer.bytes for transfer in transfers))
 
 
@@ -217,7 +217,7 @@ def _stage_time(
 ) -> StepTime:
     """The update as it is for a stage whose products take `compute` seconds."""
     sent: dict[Axis, float] = dict.fromkeys(("tensor", "expert", "pipeline", "data"), 0.0)
-    for transfer in _transfers(spec, layout, update, stage):
+    for transfer in stage_traffic(spec, layout, update, stage):
         sent[transfer.axis] += transfer.bytes / links.bandwidth(transfer.axis, layout)
     sent["data"] *= 1 - overlap
     bubble = (compute + sent["tensor"] + sent["expert"]) * (layout.pipeline - 1) / update.micro_batches(layout)
@@ -301,8 +301,8 @@ def _ring(size: float, ranks: int) -> float:
     return size * (ranks - 1) / ranks
 
 
-def _transfers(spec: ModelSpec, layout: Layout, update: Update, stage: int) -> Iterator[Transfer]:
-    """What a rank of one stage sends in an update, with c bytes a number of the compute dtype."""
+def stage_traffic(spec: ModelSpec, layout: Layout, update: Update, stage: int) -> Iterator[Transfer]:
+    """What a rank of one pipeline stage, from 0, sends in an update."""
     batches, layers = update.micro_batches(layout), spec.num_hidden_layers // layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
     again = 1 if update.recompute == "layers" else 0

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from espalier.budget import flops
 from espalier.errors import BudgetError
 from espalier.ledger import RESOURCES, Cap, Cost, Rates
-from espalier.recipe import Recipe
+from espalier.recipe import Flagged, Planned, Recipe
 from espalier.spec import ModelSpec
 
 Unit = Literal["tokens", "flops", "share"]
@@ -63,16 +63,16 @@ class BudgetRecipe(Recipe):
     reserve is the share kept back for evaluation, checkpoints and export. Prices override the hardware row's.
     """
 
-    usd: float | None = Field(default=None, gt=0)
-    hours: float | None = Field(default=None, gt=0)
-    kwh: float | None = Field(default=None, gt=0)
-    flops: float | None = Field(default=None, gt=0)
-    tokens: float | None = Field(default=None, gt=0)
-    reserve: float = Field(default=0.1, ge=0, lt=1)
-    usd_per_hour: float | None = Field(default=None, ge=0)
-    watts: float | None = Field(default=None, ge=0)
-    kgco2e_per_kwh: float | None = Field(default=None, ge=0)
-    pue: float = Field(default=1.0, ge=1)
+    usd: Planned[float | None] = Field(default=None, gt=0)
+    hours: Planned[float | None] = Field(default=None, gt=0)
+    kwh: Planned[float | None] = Field(default=None, gt=0)
+    flops: Planned[float | None] = Field(default=None, gt=0)
+    tokens: Planned[float | None] = Field(default=None, gt=0)
+    reserve: Flagged[float] = Field(default=0.1, ge=0, lt=1)
+    usd_per_hour: Planned[float | None] = Field(default=None, ge=0)
+    watts: Planned[float | None] = Field(default=None, ge=0)
+    kgco2e_per_kwh: Planned[float | None] = Field(default=None, ge=0)
+    pue: Planned[float] = Field(default=1.0, ge=1)
 
     def cap(self) -> Cap:
         stated = {"usd": self.usd, "kwh": self.kwh, "flops": self.flops, "tokens": self.tokens}

@@ -101,7 +101,7 @@ def _carry_out(
         typer.echo(recipe.dump(resolved))
         return
     folder = runs / (run_name or f"{name.replace('.', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-    with Run.start(folder, resolved, tell=typer.echo, may_change="budget") as run:
+    with Run.start(folder, resolved, tell=typer.echo) as run:
         result = card.load()(resolved, run)
         run.charge(card.full_name)
         run.finish("finished")

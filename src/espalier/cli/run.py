@@ -12,6 +12,10 @@ from espalier.cli.methods import Overrides, Runs
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its price, and stop.")]
 
+AcceptChanges = Annotated[
+    str, typer.Option(metavar="KEY,KEY", help="Changed keys by which the rest of a run may be computed otherwise.")
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command("run")(run)
@@ -23,11 +27,16 @@ def run(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
+    accept_changes: AcceptChanges = "",
 ) -> None:
     """Plan, train by growing, evaluate and report, as a recipe says. Run it again to take up an unfinished run."""
     from espalier import pipeline
 
-    raise typer.Exit(pipeline.main(recipe, overrides or [], runs=runs, dry_run=dry_run, tell=typer.echo))
+    raise typer.Exit(
+        pipeline.main(
+            recipe, overrides or [], runs=runs, dry_run=dry_run, tell=typer.echo, accept=accept_changes.split(",")
+        )
+    )
 
 
 def demo(overrides: Overrides = None, runs: Runs = Path("runs"), dry_run: DryRun = False) -> None:

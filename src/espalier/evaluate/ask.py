@@ -26,6 +26,7 @@ from espalier.evaluate.items import SAMPLES, Askable, Outcome, Scoring, fingerpr
 from espalier.infer.engine import Answer, Engine, open_engine
 from espalier.infer.recipe import EngineRecipe
 from espalier.ledger import Cost
+from espalier.recipe import ByField
 from espalier.report import Report
 from espalier.run import Run
 
@@ -49,7 +50,7 @@ class AskRecipe(EngineRecipe):
     stderr: float | None = Field(default=None, gt=0)
     scoring: Scoring = "options"
     seed: int = 0
-    budget: BudgetRecipe = BudgetRecipe()
+    budget: ByField[BudgetRecipe] = BudgetRecipe()
 
 
 def ask(items: Mapping[str, Sequence[Askable]], recipe: AskRecipe, run: Run, engine: Engine | None = None) -> Report:

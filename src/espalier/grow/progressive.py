@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from espalier import units
+from espalier import units, watch
 from espalier.budget import flops, memory
 from espalier.budget.plan import Duration, DurationText, Plan
 from espalier.errors import BudgetError, ModelError
@@ -24,7 +24,7 @@ from espalier.grow.pace import Pace
 from espalier.ledger import Cost
 from espalier.model.growth import Growth
 from espalier.model.mup import Parametrization
-from espalier.recipe import Recipe
+from espalier.recipe import ByField, Flagged, Recipe
 from espalier.run import STAGE
 from espalier.spec import DenseFamily, ModelSpec
 from espalier.train.recipe import OptimizerRecipe, ScheduleRecipe, Stretch, TrainRecipe
@@ -102,9 +102,9 @@ class TrainingRecipe(Recipe):
     seed: int = 1
     model: ModelRecipe = ModelRecipe()
     parametrization: Parametrization = Parametrization()
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    schedule: ScheduleRecipe = ScheduleRecipe()
-    train: TrainRecipe = TrainRecipe()
+    optimizer: ByField[OptimizerRecipe] = OptimizerRecipe()
+    schedule: Flagged[ScheduleRecipe] = ScheduleRecipe()
+    train: ByField[TrainRecipe] = TrainRecipe()
 
 
 class GrowthRecipe(TrainingRecipe):
@@ -454,6 +454,8 @@ def _grow(
     run, spec = setting.run, plan.stages[number].spec
     growths = recipe.path(spec.vocab_size)[number].growths
     before_loss = before.now(state)
+    watch.beside(state.progress.step, "growing")
+    watch.anew()
     setting.device.release(state.model)
     std_of = recipe.parametrization.std_of(spec)
     layout = axes.discover(state.model.config.to_dict())

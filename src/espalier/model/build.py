@@ -87,7 +87,7 @@ def save(model: PreTrainedModel, path: Path, tokenizer: Path | None, weights: di
 
 
 def save_config(model: PreTrainedModel, path: Path, tokenizer: Path | None) -> None:
-    """Write what a model folder has beside its weights, for one whose weights ranks share."""
+    """Write what a model folder has beside its weights."""
     config = copy.deepcopy(model.config)
     # Sharding derives a class of the model's own.
     config.architectures = [next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transf"))]

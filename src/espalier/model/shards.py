@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -185,6 +185,12 @@ def write(
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         files.write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors that are at hand into one safetensors file; the hex digest of its bytes."""
+    planned = [Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    return _write_shard(path, planned, tensors.__getitem__)
 
 
 def _write_shard(path: Path, planned: list[Planned], make: Callable[[str], Tensor | Stored]) -> str:

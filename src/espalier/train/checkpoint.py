@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,10 +33,10 @@ from transformers import PreTrainedModel
 from espalier import files
 from espalier.errors import RunError
 from espalier.folder import INDEX, ModelFolder
-from espalier.model import build
+from espalier.model import build, shards
 from espalier.train.device import Device
 from espalier.train.optim import State
-from espalier.train.parallel import ALONE, Parallel, empty, shared, whole
+from espalier.train.parallel import ALONE, Parallel, empty, whole
 from espalier.world import World
 
 TRAINER = "trainer"
@@ -83,13 +84,12 @@ class Held:
                 kept[name] = together.to("cpu", copy=copies and together.data_ptr() == value.data_ptr()).contiguous()
         return cls(kept, owners, sizes)
 
-    def write(self, folder: Path, stem: str, world: World) -> list[str]:
-        """Write this rank's file, and what its name is; none if nothing fell to it."""
+    def write(self, folder: Path, stem: str, world: World) -> dict[str, dict[str, Any]]:
+        """Write this rank's file; what a manifest records of it, by its name. Nothing if nothing fell to it."""
         if not self.tensors:
-            return []
+            return {}
         name = _file_name(stem, world.rank, world.size)
-        save_file(self.tensors, folder / name, metadata={"format": "pt"})
-        return [name]
+        return {name: files.written(folder / name, shards.write_tensors(folder / name, self.tensors))}
 
 
 def _shared_out(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
@@ -125,33 +125,28 @@ class Snapshot:
             for name, quantities in optimizer_state.items()
             for key, value in quantities.items()
         }
-        weights, moments = (Held.of(tensors, parallel, copies=copies) for tensors in (_weights(model), flat))
+        weights, moments = (
+            Held.of(tensors, parallel, copies=copies) for tensors in (dict(model.named_parameters()), flat)
+        )
         return cls(model, weights, moments, torch.get_rng_state(), progress)
 
     def write(self, folder: Path, tokenizer: Path | None, world: World) -> dict[str, dict[str, Any]]:
         """Write this rank's files; what the manifest is to record of them."""
-        names = _write_model(folder, self.model, self.weights, tokenizer, world)
-        names += [f"{TRAINER}/{name}" for name in self.moments.write(folder / TRAINER, OPTIMIZER, world)]
+        entries = _write_model(folder, self.model, self.weights, tokenizer, world)
+        moments = self.moments.write(folder / TRAINER, OPTIMIZER, world)
         if world.leads:
             save_file({"torch": self.random}, folder / TRAINER / "random.safetensors")
             files.write_json(folder / TRAINER / "progress.json", asdict(self.progress))
-        return {name: files.written(folder / name) for name in names}
-
-
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is written of a model: its state, or where ranks share it its parameters, tied ones once."""
-    return dict(model.named_parameters()) if shared(model) else model.state_dict()
+        return entries | {f"{TRAINER}/{name}": entry for name, entry in moments.items()}
 
 
 def _write_model(
     folder: Path, model: PreTrainedModel, weights: Held, tokenizer: Path | None, world: World
-) -> list[str]:
-    """Write this rank's part of a model folder; the names of what is large."""
-    if world.size == 1:
-        build.save(model, folder, tokenizer, weights.tensors)
-        return [path.name for path in folder.glob("*.safetensors")]
+) -> dict[str, dict[str, Any]]:
+    """Write this rank's part of a model folder; what a manifest records of what is large."""
     if world.leads:
         build.save_config(model, folder, tokenizer)
+    if world.leads and world.size > 1:
         names = {name: _file_name("model", rank, world.size) for name, rank in weights.owners.items()}
         index = {"metadata": {"total_size": sum(weights.bytes.values())}, "weight_map": names}
         files.write_json(folder / INDEX, index)
@@ -255,14 +250,14 @@ def save_model(
 ) -> None:
     """Write a model folder, whole or not at all, by all ranks; the leader adds what `also` writes into it."""
     world = parallel.world
-    held = Held.of(_weights(model), parallel, copies=False)
+    held = Held.of(dict(model.named_parameters()), parallel, copies=False)
     folder = Path(world.told(str(world.led(lambda: files.new_folder(path, need_bytes=need_bytes)))))
 
     def write() -> dict[str, Any]:
-        names = _write_model(folder, model, held, tokenizer, world)
+        entries = _write_model(folder, model, held, tokenizer, world)
         if world.leads:
             also(folder)
-        return {name: files.written(folder / name) for name in names}
+        return entries
 
     try:
         entries = world.gathered(world.together(lambda: _with_disk_errors(path, need_bytes, write)))
@@ -351,9 +346,10 @@ def _like(weight: Tensor, shape: torch.Size) -> Tensor:
 def _read_parts(folder: Path, into: dict[str, Tensor]) -> None:
     """Read this rank's parts of tensors from the safetensors files of a folder."""
     reader = distributed_checkpoint.HuggingFaceStorageReader(str(folder))
-    distributed_checkpoint.load(
-        {name: tensor.detach() for name, tensor in into.items()}, storage_reader=reader, no_dist=True
-    )
+    parts = {name: tensor.detach() for name, tensor in into.items()}
+    with warnings.catch_warnings():  # each reads what it needs for itself, which is what the warning is about
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        distributed_checkpoint.load(parts, storage_reader=reader, no_dist=True)
 
 
 def _by_parameter(flat: Mapping[str, Tensor]) -> State:

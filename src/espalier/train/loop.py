@@ -16,6 +16,7 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from espalier import watch
 from espalier.data.stream import Batch, Stream
 from espalier.errors import NumericsError
 from espalier.ledger import Cost
@@ -141,6 +142,7 @@ def train(
             if ending := meter.ended():
                 return ending
             step = update(state, stream, segment, objective, device, parallel)
+            watch.beside(state.progress.step, "after the step")
             meter.count(state, step)
             for moment in moments:
                 moment(state, step)
@@ -157,11 +159,14 @@ def update(
     progress = state.progress
     micro_rows = min(segment.micro_rows, segment.rows // parallel.data_ranks)
     rank, ranks = parallel.data_rank, parallel.data_ranks
+    watch.at(progress.step + 1, "reading data")
     batch = stream.batch(progress.samples, segment.rows, rank=rank, ranks=ranks, together=micro_rows)
     factor = segment.factor(progress.step)
     state.optimizer.set_factor(factor)
     state.optimizer.set_level(segment.level(progress.step))
+    watch.at(progress.step + 1, "forward and backward")
     loss = backward(state.model, batch, micro_rows, objective, device, parallel)
+    watch.at(progress.step + 1, "optimizer")
     grad_norm = float(state.optimizer.clip())
     require_finite(loss, grad_norm, progress)
     state.optimizer.step()

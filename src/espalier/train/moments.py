@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from rich import progress as rich_progress
 
-from espalier import units
+from espalier import units, watch
 from espalier.budget.plan import Plan
 from espalier.ledger import Cost
 from espalier.run import Run
@@ -74,7 +74,9 @@ class Validate:
         if self._taken and self._taken[0] == progress:
             return self._taken[1]
         self.meter.flush(state)
+        watch.at(progress.step, "evaluating")
         result = self.held_out(state)
+        watch.beside(progress.step, "after the evaluation")
         self._taken = progress, result
         self.run.charge(
             "evaluate", flops=result.tokens * self.flops_per_token, stage=progress.stage, step=progress.step
@@ -116,6 +118,7 @@ class Save:
 
     def _begin(self, state: State) -> None:
         self.meter.flush(state)
+        watch.beside(state.progress.step, "saving")
         self.saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=self.need_bytes(state))
         self._saved = state.progress
         self.run.charge("checkpoint", stage=state.progress.stage, step=state.progress.step)

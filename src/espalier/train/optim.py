@@ -94,7 +94,7 @@ class Optimizer:
         gradients = [weight.grad for weight in self.names if weight.grad is not None]
         norm = gradient_norm(gradients, self.parallel)
         scale = (self.recipe.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-        torch._foreach_mul_([local(gradient) for gradient in gradients], scale.float())
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
         return norm
 
     def step(self) -> None:

@@ -186,11 +186,6 @@ def within(model: nn.Module, work: Callable[..., Tensor], *inputs: Any) -> Tenso
     return work(model, *inputs)
 
 
-def shared(model: nn.Module) -> bool:
-    """Whether ranks share the model's weights."""
-    return isinstance(model, FSDPModule)
-
-
 def forget(model: PreTrainedModel) -> None:
     """Let go of weights that a pass without a backward one has gathered: the next update would not reach them."""
     for module in model.modules():
@@ -296,10 +291,13 @@ def spread_rows(value: Tensor, parallel: Parallel) -> Tensor:
 
 
 def gradient_norm(gradients: list[Tensor], parallel: Parallel) -> Tensor:
-    """The norm of all gradients together (a float64 scalar), the same whatever number of ranks divides them by rows."""
+    """The norm of all gradients together (a scalar), the same whatever number of ranks divides them by rows.
+
+    Summed in float64, whose rounding fp32 doesn't show.
+    """
     counted = [gradient for gradient in gradients if parallel.counts(gradient)]
     squares = torch.stack([_square(local(gradient)) for gradient in counted])
-    return parallel.added(squares.sum()).sqrt()
+    return parallel.added(squares.sum()).sqrt().float()
 
 
 def _square(rows: Tensor) -> Tensor:

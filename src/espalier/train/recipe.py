@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from espalier.recipe import Recipe
+from espalier.recipe import Flagged, Recipe, Safe
 
 
 class OptimizerRecipe(Recipe):
@@ -19,14 +19,14 @@ class OptimizerRecipe(Recipe):
     """
 
     name: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = Field(default=0.02, gt=0)
-    vector_learning_rate: float = Field(default=0.004, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(default=1e-10, gt=0)
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    learning_rate: Flagged[float] = Field(default=0.02, gt=0)
+    vector_learning_rate: Flagged[float] = Field(default=0.004, gt=0)
+    weight_decay: Flagged[float] = Field(default=0.0, ge=0)
+    adam_beta1: Flagged[float] = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: Flagged[float] = Field(default=0.95, ge=0, lt=1)
+    adam_epsilon: Flagged[float] = Field(default=1e-10, gt=0)
+    muon_momentum: Flagged[float] = Field(default=0.95, ge=0, lt=1)
+    max_grad_norm: Flagged[float] = Field(default=1.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,15 @@ class TrainRecipe(Recipe):
     """
 
     batch_tokens: int = Field(default=8192, gt=0)
-    per_device_train_batch_size: int = Field(default=8, gt=0)
-    logging_steps: int | None = Field(default=None, gt=0)
-    evaluations: int = Field(default=20, gt=0)
-    eval_tokens: int | None = Field(default=None, gt=0)
-    save_steps: int = Field(default=100, gt=0)
-    keep_checkpoints: int = Field(default=2, gt=0)
+    per_device_train_batch_size: Flagged[int] = Field(default=8, gt=0)
+    logging_steps: Safe[int | None] = Field(default=None, gt=0)
+    evaluations: Flagged[int] = Field(default=20, gt=0)
+    eval_tokens: Flagged[int | None] = Field(default=None, gt=0)
+    save_steps: Safe[int] = Field(default=100, gt=0)
+    keep_checkpoints: Safe[int] = Field(default=2, gt=0)
     keep_every: int | None = Field(default=None, gt=0)
     save: Literal["auto", "at once", "beside"] = "auto"
-    keep: Literal["newest", "stages"] = "newest"
+    keep: Safe[Literal["newest", "stages"]] = "newest"
     torch_compile: Literal["auto", "on", "off"] = "auto"
     bf16: Literal["auto", "on", "off"] = "auto"
     recompute: Literal["none", "layers"] = "none"

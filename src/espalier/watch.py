@@ -1,0 +1,544 @@
+"""Watch: the ranks of a run look at each other, so that one which dies or hangs is named, and all end.
+
+A thread beside each rank's work posts once in a while where the work is. The leader's thread reads the posts and
+answers; the others see by its answers that it lives. Whoever is gone, silent, or further behind than its phase may
+last is named by the verdict, which every rank raises, or ends with where its work is stuck. The posts have connections
+of their own, since the work may be stuck in a collective of torch's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from espalier import errors
+from espalier.errors import RankError, ResourceError
+
+if TYPE_CHECKING:
+    from espalier.world import World
+
+DEADLINE = 60.0  # seconds
+TIMES = 20.0  # a phase may last so many times as long as it ever did before
+SETTLE = 0.3  # seconds in which signs of one fault reach the leader: the death of a rank breaks connections of others
+SOON = 0.05  # seconds between the signs of one fault, from one rank and another
+GRACE = 0.7  # seconds in which the work may end by itself
+CONNECTING = 20.0  # seconds
+
+Message = dict[str, Any]
+E = TypeVar("E", bound=BaseException)
+
+
+def at(step: int, phase: str) -> None:
+    """The work begins `phase` of `step`. Every rank says so at the same places; by itself, a process says it to nobody.
+
+    A phase that lasts longer than the deadline, and than 20 times the longest before, is taken to hang. One that is
+    new since the last `anew` may last as long as torch lets one rank wait for another.
+    """
+    if _current:
+        _current.at(step, phase)
+
+
+def beside(step: int, phase: str) -> None:
+    """The work begins something beside the steps, such as a save, whose like may have been much shorter before: it may
+    last as long as torch lets one rank wait for another.
+    """
+    if _current:
+        _current.beside(step, phase)
+
+
+def anew() -> None:
+    """What phases have lasted says nothing about what comes: the model grew, say, and is about to be compiled."""
+    if _current:
+        _current.lasted.clear()
+
+
+def blamed(error: Exception) -> Exception:
+    """What the ranks say of the one at fault, if `error` is torch's for not reaching another; else `error`."""
+    return _current.blamed(error) if _current else error
+
+
+@contextlib.contextmanager
+def over(world: World, *, deadline: float, patience: float) -> Iterator[None]:
+    """Watch the ranks of a connected world, of two or more, while the block lasts.
+
+    deadline  seconds after which a rank without a sign of life is taken to be dead; a stopped one is killed
+    patience  seconds that a phase may last that has never been seen before
+
+    An error of torch's by which the block ends because another rank is lost is raised as what the others say of it.
+    """
+    global _current
+    watch = _met(world, deadline, patience)
+    _current = watch
+    try:
+        yield
+    except BaseException as error:
+        fault = watch.blamed(error)
+        watch.end(fault)
+        if fault is not error:
+            raise fault from error
+        raise
+    else:
+        watch.end()
+    finally:
+        _current = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ends a run: an error in the words of rank `by`, and the processes on `host` that can't end by themselves."""
+
+    told: Message
+    by: int
+    kill: tuple[int, ...] = ()
+    host: str = ""
+
+    def error(self) -> Exception:
+        return errors.from_json(self.told, rank=self.by)
+
+
+@dataclass
+class Seen:
+    """What the leader knows of a rank.
+
+    heard    when it last gave a sign of life, by the leader's clock
+    moved    when its work was last seen to go on
+    failed   its own error
+    astray   whether it can't reach some other rank
+    gone     whether its process ended without a word
+    """
+
+    rank: int
+    pid: int
+    host: str
+    post: Message
+    line: _Line | None = None
+    heard: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)
+    failed: Message | None = None
+    astray: bool = False
+    gone: bool = False
+
+    @property
+    def came(self) -> tuple[int, int]:
+        """How far its work came. Ranks make the same collectives in the same order, so the first number would do."""
+        return self.post["collectives"], self.post["moves"]
+
+    def take(self, post: Message) -> None:
+        before, self.post, self.heard = self.came, post, time.monotonic()
+        if self.came != before:
+            self.moved = self.heard
+
+    def who(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+
+class _Line:
+    """An end of a connection on which JSON goes, a line a message."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self._rest = connection, b""
+        connection.settimeout(1.0)
+
+    def send(self, message: Message) -> None:
+        with contextlib.suppress(OSError):  # whether the other end lives is seen by what it says
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def read(self) -> list[Message] | None:
+        """What has come; None once the other end is closed, or says what isn't JSON."""
+        try:
+            data = self.connection.recv(2**16)
+        except OSError:
+            data = b""
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        try:
+            return [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError):
+            return None  # no rank writes so
+
+
+class _Watch:
+    """The thread beside the work of one rank."""
+
+    def __init__(self, rank: int, deadline: float, patience: float) -> None:
+        self.rank, self.deadline, self.patience = rank, deadline, patience
+        self.period = min(1.0, deadline / 10)
+        self.lasted: dict[str, float] = {}
+        self._work, self._since = threading.get_ident(), time.monotonic()
+        self._place: Message = {"step": 0, "phase": "starting", "moves": 0, "limit": patience}
+        self._verdict: Verdict | None = None
+        self._judged, self._left = threading.Event(), threading.Event()
+        self._error: Message | None = None
+        self._astray = False
+        self._bell, ring = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(ring, selectors.EVENT_READ)
+        self._open = [self._bell, ring]
+        self._thread = threading.Thread(target=self._watch, name="espalier-watch", daemon=True)
+
+    def at(self, step: int, phase: str) -> None:
+        self._note()
+        known = self.lasted.get(phase)
+        self._enter(step, phase, self.patience if known is None else max(self.deadline, TIMES * known))
+
+    def beside(self, step: int, phase: str) -> None:
+        self._note()
+        self._enter(step, phase, self.patience)
+
+    def _note(self) -> None:
+        """How long the phase lasted that now ends."""
+        now, phase = time.monotonic(), self._place["phase"]
+        self.lasted[phase] = max(self.lasted.get(phase, 0.0), now - self._since)
+        self._since = now
+
+    def _enter(self, step: int, phase: str, limit: float) -> None:
+        self._place = {"step": step, "phase": phase, "moves": self._place["moves"] + 1, "limit": limit}
+
+    def blamed(self, error: E) -> E | Exception:
+        """What ended the work, if `error` says no more than that another rank can't be reached; else `error`."""
+        if not _is_lost_contact(error):
+            return error
+        self._astray = True
+        self._ring()
+        self._judged.wait(self.deadline + 2 * SETTLE)
+        return self._verdict.error() if self._verdict else error
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The work has ended, by `error` or well."""
+        if error:
+            self._error = errors.to_json(error if isinstance(error, Exception) else _interrupted(error))
+        self._left.set()
+        self._ring()
+        self._thread.join(CONNECTING)
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # the thread may have ended before the work
+            self._bell.send(b"!")
+
+    def _post(self) -> Message:
+        return {**self._place, "collectives": _collectives(), "line": _line_of(self._work)}
+
+    def _watch(self) -> None:
+        """Look, until the work has ended or a verdict ends it."""
+        try:
+            verdict = self._look()
+            if verdict:
+                self._carry_out(verdict)
+        finally:
+            self._judged.set()
+            self._selector.close()
+            for each in self._open:
+                each.close()
+
+    def _look(self) -> Verdict | None:
+        raise NotImplementedError
+
+    def _carry_out(self, verdict: Verdict) -> None:
+        """Kill who can't end; then this process ends, by its work if that can still raise the verdict.
+
+        An error that was told may be everybody's, who then are on their way out and may have something to write.
+        """
+        self._verdict, error = verdict, verdict.error()
+        self._judged.set()
+        for pid in verdict.kill:
+            _kill_sibling(pid, verdict.host)
+        if not self._left.wait(GRACE if isinstance(error, RankError) else self.deadline):
+            _exit(error)
+
+
+class _Leader(_Watch):
+    """Rank 0's: it hears all the others, and judges."""
+
+    def __init__(self, server: socket.socket, key: str, size: int, deadline: float, patience: float) -> None:
+        super().__init__(0, deadline, patience)
+        self.key, self.size = key, size
+        self.seen = {0: Seen(0, os.getpid(), socket.gethostname(), self._post())}
+        self._selector.register(server, selectors.EVENT_READ, self._greet)
+        self._open.append(server)
+        self._server = server
+        self._first_sign: float | None = None
+
+    def _look(self) -> Verdict | None:
+        told = 0.0
+        while not self._left.is_set():
+            for key, _ in self._selector.select(self.period if self._first_sign is None else SETTLE / 3):
+                if key.data:
+                    key.data()
+                else:
+                    key.fileobj.recv(64)  # type: ignore[union-attr]
+            self.seen[0].take(self._post())
+            self.seen[0].astray = self._astray
+            if time.monotonic() - told >= self.period:
+                told = time.monotonic()
+                self._tell({"lives": 0})
+            if verdict := self._judge():
+                self._tell({"verdict": vars(verdict)})
+                return verdict
+        self._tell({"verdict": vars(Verdict(self._error, by=0))} if self._error else {"ends": 0})
+        return None
+
+    def _tell(self, message: Message) -> None:
+        for seen in self.seen.values():
+            if seen.line and not seen.gone:
+                seen.line.send(message)
+
+    def _greet(self) -> None:
+        """Somebody connects; a rank says who it is first."""
+        connection, _ = self._server.accept()
+        line = _Line(connection)
+        self._open.append(connection)
+
+        def hear() -> None:
+            self._hear(line)
+
+        self._selector.register(connection, selectors.EVENT_READ, hear)
+
+    def _hear(self, line: _Line) -> None:
+        messages = line.read()
+        seen = next((seen for seen in self.seen.values() if seen.line is line), None)
+        for message in messages or []:
+            if seen is None and message.get("key") == self.key:
+                seen = Seen(message["rank"], message["pid"], message["host"], message["post"], line)
+                self.seen[seen.rank] = seen
+            elif seen is None:
+                messages = None  # no rank of ours
+                break
+            elif "post" in message:
+                seen.take(message["post"])
+                seen.astray = message["astray"]
+            elif message["ends"]:
+                seen.failed, seen.heard = message["ends"], time.monotonic()
+            else:
+                del self.seen[seen.rank]
+        if messages is None:
+            self._selector.unregister(line.connection)
+            if seen and seen.rank in self.seen and not seen.failed:
+                seen.gone, seen.heard = True, time.monotonic()
+
+    def _judge(self) -> Verdict | None:
+        """What the signs come to; None while all is well, or a sign is too young."""
+        now, all_seen = time.monotonic(), list(self.seen.values())
+        if any(seen.gone or seen.failed or seen.astray for seen in all_seen):
+            self._first_sign = self._first_sign or now
+            gone = [seen for seen in all_seen if seen.gone]
+            failed = [seen for seen in all_seen if seen.failed]
+            if now - self._first_sign < SETTLE and (failed or not gone):
+                return None
+            # Who starts the ranks kills them when one has failed; an error may be of a connection to a dead one.
+            if gone and all(gone[0].heard < seen.heard + SOON for seen in failed):
+                return _gone(gone, self.seen[0].post)
+            if failed:
+                return Verdict(failed[0].failed or {}, by=failed[0].rank)
+            # All live, and some can't reach another: who doesn't say so, and is furthest behind, holds them up.
+            others = [seen for seen in all_seen if not seen.astray] or all_seen
+            return _behind(_last(others), "no progress", "each to get as far as the others")
+        if silent := [seen for seen in all_seen if now - seen.heard > self.deadline]:
+            return _silent(silent, self.seen[0].post, now - min(seen.heard for seen in silent), self.deadline)
+        last, standing = _last(all_seen), now - max(seen.moved for seen in all_seen)
+        limit = max(seen.post["limit"] for seen in last)
+        if standing > limit and len(all_seen) == self.size:
+            return _behind(last, f"no progress for {standing:.0f} s", f"the next phase within {limit:.0f} s")
+        return None
+
+
+class _Follower(_Watch):
+    """Any other rank's: it posts, and sees whether the leader lives."""
+
+    def __init__(self, rank: int, line: _Line, leader: Seen, deadline: float, patience: float) -> None:
+        super().__init__(rank, deadline, patience)
+        self.line, self.leader = line, leader
+        self._selector.register(line.connection, selectors.EVENT_READ, line)
+        self._open.append(line.connection)
+
+    def _look(self) -> Verdict | None:
+        posted = 0.0
+        while not self._left.is_set():
+            for key, _ in self._selector.select(self.period):
+                if not key.data:
+                    key.fileobj.recv(64)  # type: ignore[union-attr]
+                    posted = 0.0  # there is something new to say
+                    continue
+                messages = self.line.read()
+                if messages is None:
+                    return _gone([self.leader], self._post())
+                self.leader.heard = time.monotonic()
+                for message in messages:
+                    if "verdict" in message:
+                        return Verdict(**message["verdict"])
+                    if "ends" in message:
+                        return None
+            now = time.monotonic()
+            if now - self.leader.heard > self.deadline:
+                return _silent([self.leader], self._post(), now - self.leader.heard, self.deadline)
+            if now - posted >= self.period:
+                posted = now
+                self.line.send({"post": self._post(), "astray": self._astray})
+        self.line.send({"ends": self._error})
+        return None
+
+
+def _met(world: World, deadline: float, patience: float) -> _Watch:
+    """This rank's watch, once every rank is in contact with the leader's."""
+    told, server = None, None
+    if world.leads:
+        server = _listening(world.machines)
+        told = {"host": _address(world.machines), "port": server.getsockname()[1], "key": secrets.token_hex(16)}
+        told |= {"pid": os.getpid(), "name": socket.gethostname()}
+    told = world.told(told)
+    watch: _Watch
+    if server:
+        watch = _Leader(server, told["key"], world.size, deadline, patience)
+    line = world.together(lambda: None if world.leads else _connected(told["host"], told["port"]))
+    if line:
+        nowhere = {"step": 0, "phase": "starting", "line": "unknown", "collectives": 0, "moves": 0}
+        watch = _Follower(world.rank, line, Seen(0, told["pid"], told["name"], nowhere), deadline, patience)
+        me = {"rank": world.rank, "pid": os.getpid(), "host": socket.gethostname(), "post": watch._post()}
+        line.send({"key": told["key"], **me})
+    watch._thread.start()
+    return watch
+
+
+def _listening(machines: int) -> socket.socket:
+    if machines == 1:
+        return socket.create_server(("127.0.0.1", 0))
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+def _address(machines: int) -> str:
+    """Where other ranks find this machine: the address by which it would speak to torchrun's meeting place."""
+    if machines == 1:
+        return "127.0.0.1"
+    name, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, place = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)
+        own = probe.getsockname()[0]
+    return name if own.startswith("127.") or own == "::1" else own
+
+
+def _connected(host: str, port: int) -> _Line:
+    try:
+        return _Line(socket.create_connection((host, port), timeout=CONNECTING))
+    except OSError as error:
+        raise ResourceError(
+            f"{host}, port {port}",
+            found=f"no connection to rank 0 ({error})",
+            expected="machines of a run that reach each other at any port",
+            mend="Open the ports between them, as torch's own connections need it too.",
+        ) from None
+
+
+def _place(post: Message) -> str:
+    return f"step {post['step']} ({post['phase']}, in {post['line']})"
+
+
+_AGAIN = "All ranks were stopped. Start the run again: it goes on from its last checkpoint."
+
+
+def _gone(seen: list[Seen], missed: Message) -> Verdict:
+    return _lost(
+        seen,
+        found=f"a process that ended without a word, missed at {_place(missed)}",
+        expected="one that lives until all have done",
+        mend=f"{_AGAIN} The kernel's log says whether memory ran out.",
+    )
+
+
+def _silent(seen: list[Seen], missed: Message, seconds: float, deadline: float) -> Verdict:
+    return _lost(
+        seen,
+        found=f"silence for {seconds:.0f} s, missed at {_place(missed)}",
+        expected=f"a sign of life every {deadline:g} s",
+        mend=_AGAIN,
+        kill=tuple(each.pid for each in seen),
+        host=seen[0].host,
+    )
+
+
+def _behind(seen: list[Seen], found: str, expected: str) -> Verdict:
+    return _lost(seen, found=f"{found} at {_place(seen[0].post)}", expected=expected, mend=_AGAIN)
+
+
+def _lost(seen: list[Seen], *, kill: tuple[int, ...] = (), host: str = "", **parts: str) -> Verdict:
+    more = f" and {len(seen) - 4} more" if len(seen) > 4 else ""
+    error = RankError(", ".join(each.who() for each in seen[:4]) + more, **parts)
+    return Verdict(errors.to_json(error), 0, kill, host)
+
+
+def _last(seen: list[Seen]) -> list[Seen]:
+    """Those that are furthest behind."""
+    came = min(each.came for each in seen)
+    return [each for each in seen if each.came == came]
+
+
+def _collectives() -> int:
+    """How many collectives of torch's the work has entered."""
+    from torch import distributed
+
+    groups = list(distributed.distributed_c10d._world.pg_map)
+    backends = (group._get_backend(device) for group in groups for device in group._device_types)
+    return sum(backend._get_sequence_number_for_group() for backend in backends)  # type: ignore[attr-defined]
+
+
+def _is_lost_contact(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank can't be reached."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _line_of(thread: int) -> str:
+    """The line that a thread is at."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "no line"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_qualname}"
+
+
+def _interrupted(error: BaseException) -> RankError:
+    return RankError(
+        f"pid {os.getpid()} on {socket.gethostname()}",
+        found=f"an interruption ({type(error).__name__})",
+        expected="ranks that all end the run together",
+        mend=_AGAIN,
+    )
+
+
+def _kill_sibling(pid: int, host: str) -> None:
+    """Kill a stopped rank of this machine: of the processes with this one's parent, which are all about to end."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        if host == socket.gethostname() and pid != os.getpid() and psutil.Process(pid).ppid() == os.getppid():
+            os.kill(pid, signal.SIGKILL)
+
+
+def _exit(error: Exception) -> None:
+    """End this process, whose work is stuck; if even telling so hangs, without telling."""
+    code = error.exit_code if isinstance(error, errors.UserError) else 1
+    last = threading.Timer(GRACE, os._exit, (code,))
+    last.daemon = True
+    last.start()
+    logging.getLogger("espalier").error("%s", error)
+    lines = error.lines() if isinstance(error, errors.UserError) else [("", str(error))]
+    print("\n".join(f"{label:>9}  {text}" for label, text in lines), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+_current: _Watch | None = None
