@@ -151,7 +151,7 @@ def test_bytes_that_are_no_text_are_put_aside_counted_and_the_run_goes_on(
     folder = Path(shutil.copytree(corpus, tmp_path / "text"))
     (folder / "broken.txt").write_bytes(b"caf\xe9 \xff\xfe")
     (folder / "rows.jsonl").write_text('{"text": "fine"}\n{"text": 3}\nnot json\n')
-    done = espalier("run", recipe_file, *SHORT, f"data.sources=[{folder}]")
+    done = espalier("run", recipe_file, *SHORT, f"data.sources=[{folder}]", "data.bad_rows=0.5")
     assert done.code == 0, done.err
     assert "1 malformed JSON, 1 no text, 1 not UTF-8" in done.out
     quarantined = [path.read_text() for path in (shared_home / "data").glob(f"*/{QUARANTINE}")]

@@ -13,6 +13,8 @@ from espalier.errors import BudgetError
 from espalier.ledger import Rates
 from espalier.planner import Machine, PlannedRecipe
 from espalier.recipe import parse
+from espalier.train.parallel import Parallel
+from espalier.world import World
 
 RECIPE = """
 data: {vocab_size: 4096, sequence_length: 256}
@@ -66,9 +68,10 @@ def test_what_does_not_fit_is_refused_and_each_mend_makes_it_fit(gigabytes, reco
 
 
 def test_smaller_passes_are_accumulated():
-    """An update of 32 rows: gradients are there between its passes."""
-    whole, parts = (memory_of(read("train.batch_tokens=" + tokens), 8, "none")[-1] for tokens in ("2048", "8192"))
-    assert parts - whole == pytest.approx(4 * flops.parameters(read().specs()[-1]), rel=0.01)
+    """Passes of 8 rows: gradients are there between two; before a fourth, those of the first two besides."""
+    sizes = [memory_of(read(f"train.batch_tokens={tokens}"), 8, "none")[-1] for tokens in (2048, 4096, 8192)]
+    gradients = 4 * flops.parameters(read().specs()[-1])
+    assert [size - sizes[0] for size in sizes] == pytest.approx([0, gradients, 2 * gradients], rel=0.01)
 
 
 def test_a_run_that_just_fits_is_let_through():
@@ -85,6 +88,39 @@ def test_the_largest_batch_that_fits_is_found_at_once_among_millions():
 
 def test_a_model_that_fits_in_no_way_is_told_so():
     assert "smaller model" in refusal(read(), 600_000_000).mend
+
+
+def test_ranks_that_divide_a_model_need_less_each_and_share_the_memory_of_a_cpu():
+    recipe, needs = read(), []
+    for size in (2, 4, 8):
+        world = World(0, size, 0, size)
+        parallel = Parallel(world, shard=size)
+        of_gpus, of_cpu = (
+            smallest_that_fits(
+                lambda size, row=row, parallel=parallel: planner.require_memory_of_ranks(
+                    recipe, replace(row, memory_bytes=size), parallel
+                )
+            )
+            for row in (replace(ROOMY, kind="cuda", count=size), ROOMY)
+        )
+        assert of_cpu == pytest.approx(of_gpus, rel=0.01)
+        needs.append(of_gpus / size)
+    assert needs[0] > needs[1] > needs[2]
+    with pytest.raises(BudgetError, match="on each of 8 ranks"):
+        planner.require_memory_of_ranks(recipe, replace(ROOMY, memory_bytes=10**9), parallel)
+
+
+def smallest_that_fits(require) -> int:
+    """Bytes by halving."""
+    low, high = 0, 2**40
+    while high - low > 2**20:
+        middle = (low + high) // 2
+        try:
+            require(middle)
+            high = middle
+        except BudgetError:
+            low = middle
+    return high
 
 
 def test_gpus_count_one_by_one():

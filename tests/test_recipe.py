@@ -278,6 +278,23 @@ def test_broken_yaml_is_told_with_its_line(text, line):
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]" for n in range(1, 9))]), "stand for"),
+        ("name: &a [*a]", "an alias inside what it stands for"),
+        ("name: " + "[" * 5000, "recursion"),
+        ("name: " + "1" * 5000, "digits"),
+    ],
+)
+def test_what_only_a_program_writes_is_refused_at_once(text, found):
+    assert found in refusal(text).found
+
+
+def test_an_alias_is_what_it_stands_for():
+    assert recipe._parse_yaml("a: &x [1, 2]\nb: *x\nc: [*x, *x]", "test")[0]["c"] == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize(
     ("text", "line"),
     [("name: a\nname: b", 2), ("branch:\n  leaf: {}\n  texts: []\n  leaf: {}", 4), ('name: a\n"name": b', 2)],
 )

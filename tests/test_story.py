@@ -182,6 +182,26 @@ def test_what_a_law_expected_is_set_against_what_the_run_came_to(copy_of_finishe
     assert note in write_page(copy_of_finished).read_text()
 
 
+def test_what_went_wrong_with_the_numbers_is_told(copy_of_finished, capsys):
+    lines = [
+        {"step": 3, "nonfinite": "loss", "where": "row 7 of the training split"},
+        {"step": 9, "nonfinite": "gradient", "where": "row 8 of the training split"},
+        {"step": 12, "rewound_from": 30, "spike": 8.25, "skipped": [80, 140]},
+        {"step": 33, "spike": 7.5},
+    ]
+    with (copy_of_finished / METRICS).open("a") as file:
+        file.writelines(json.dumps({"stage": 0, **line}) + "\n" for line in lines)
+    notes = list(Story(copy_of_finished).notes())
+    assert notes[:3] == [
+        "2 updates were not made, of numbers that weren't finite: step 3, 9.",
+        "At step 30 the loss was 8.2 sigma above the latest: the run went back to step 12 and passed over the samples "
+        "that led there.",
+        "At step 33 the loss was 7.5 sigma above the latest.",
+    ]
+    tell(copy_of_finished)
+    assert notes[0] in capsys.readouterr().out
+
+
 def test_without_an_expectation_nothing_is_said_of_it(told):
     assert not any(row.quantity == "Held-out loss" for row in told.plan_rows())
     assert [note for note in told.notes() if not note.startswith("Where the time went")] == []

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ GROWN: dict[str, dict[str, Any]] = {
 }
 # Updates after which a signal stops the run: before the growth (10), right after it, and near the end.
 STOPS = (7, 12, 18)
+# Ranks that begin, ranks that go on, and how checkpoints are written.
+WAYS = ((2, 2, "at once"), (2, 2, "beside"), (2, 1, "beside"), (2, 4, "at once"))
 
 
 def carry_out(world: World, path: Path, runs: Path, stop: int | None = None) -> int:
@@ -226,31 +229,29 @@ def resume(folder: Path) -> dict[str, Any]:
             calm = folder / f"calm-{path.stem}"
             assert carry_out(SINGLE, path, calm) == 0
             expected = ends_with(calm / "run")
-            for ranks, later, save in ((2, 2, "at once"), (2, 2, "beside"), (2, 1, "beside"), (2, 4, "at once")):
-                for stop in STOPS:
-                    saved = RECIPE["train"] | {"save": save}
-                    path.write_text(
-                        yaml.safe_dump(RECIPE | {"train": saved, "stages": stages, "optimizer": {"name": optimizer}})
-                    )
-                    runs = folder / f"{path.stem}-{ranks}-{later}-{save}-{stop}"
-                    codes = run_ranks(
-                        ranks, lambda w, r=runs, p=path, s=stop: carry_out(w, p, r, s), folder, seconds=300
-                    )
-                    assert codes == [143] * ranks, codes
-                    codes = run_ranks(later, lambda w, r=runs, p=path: carry_out(w, p, r), folder, seconds=300)
-                    assert codes == [0] * later, codes
-                    found = ends_with(runs / "run")
-                    row = {
-                        "optimizer": optimizer,
-                        "operator": operator,
-                        "ranks": [ranks, later],
-                        "save": save,
-                        "stopped after": stop,
-                        "same bits as one process that was never stopped": found == expected,
-                    }
-                    print(row, flush=True)
-                    rows.append(row)
-                    shutil.rmtree(runs)
+            for number, (ranks, later, save) in enumerate(WAYS):
+                stop = STOPS[len(rows) // len(WAYS) % len(STOPS) - number % len(STOPS)]
+                changed = {
+                    "stages": stages,
+                    "optimizer": {"name": optimizer},
+                    "train": RECIPE["train"] | {"save": save},
+                }
+                path.write_text(yaml.safe_dump(RECIPE | changed))
+                runs = folder / f"{path.stem}-{number}"
+                stopped = partial(carry_out, path=path, runs=runs, stop=stop)
+                assert run_ranks(ranks, stopped, folder, seconds=300) == [143] * ranks
+                assert run_ranks(later, partial(carry_out, path=path, runs=runs), folder, seconds=300) == [0] * later
+                row = {
+                    "optimizer": optimizer,
+                    "operator": operator,
+                    "ranks": [ranks, later],
+                    "save": save,
+                    "stopped after": stop,
+                    "same bits as one process that was never stopped": ends_with(runs / "run") == expected,
+                }
+                print(row, flush=True)
+                rows.append(row)
+                shutil.rmtree(runs)
     same = sum(row["same bits as one process that was never stopped"] for row in rows)
     return {"cells": len(rows), "same bits": same, "rows": rows}
 

@@ -6,7 +6,6 @@ a bare Hugging Face folder is as good an input. Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import Any
 from espalier import files
 from espalier.errors import ModelError
 from espalier.spec import ModelSpec
+from espalier.untrusted import leads_outside, pickle_in, read_json, require_plain
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,13 +39,7 @@ class ModelFolder:
                 expected="a Hugging Face model folder",
                 mend="Name a folder with config.json and model.safetensors, such as runs/NAME/final.",
             )
-        if "auto_map" in folder.config:
-            raise ModelError(
-                f"{path}/config.json: auto_map",
-                found="a request to run the folder's own code",
-                expected="a model class of transformers",
-                mend="Espalier never runs code from a model folder; use a native class.",
-            )
+        _ = folder.config
         folder.weight_files()
         if (folder.path / files.MANIFEST).exists() and (damage := files.damage(folder.path)):
             raise ModelError(
@@ -58,8 +52,9 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json."""
-        return _read_json(self.path / "config.json")
+        """config.json; `ModelError` if the folder asks for more than to be read, whether or not `open` saw it."""
+        require_plain(self.path)
+        return read_json(self.path / "config.json")
 
     @property
     def spec(self) -> ModelSpec:
@@ -70,21 +65,26 @@ class ModelFolder:
     def made(self) -> dict[str, Any] | None:
         """made.json, or None for a folder that Espalier didn't make."""
         path = self.path / MADE
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, in order; pickled weights and paths that leave the folder are refused."""
         names = _indexed(self.path / INDEX) if (self.path / INDEX).exists() else [WEIGHTS]
+        if WEIGHTS not in names and (self.path / WEIGHTS).exists():
+            raise ModelError(
+                f"{self.path}/{WEIGHTS}",
+                found=f"weights that {INDEX} leaves out, and that transformers would load instead of those in it",
+                expected="one set of weights",
+                mend="Delete the one that isn't meant.",
+            )
         for name in names:
-            # Links are the user's own, as in the Hub's cache; only a name can lead where the user didn't point.
-            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-            if not inside or not name.endswith(".safetensors") or not (self.path / name).is_file():
-                pickled = next(iter(sorted(p.name for p in self.path.glob("*.bin"))), None)
+            if leads_outside(name) or not name.endswith(".safetensors") or not (self.path / name).is_file():
+                pickled = pickle_in(self.path)
                 raise ModelError(
                     f"{self.path}/{name}",
                     found=f"only {pickled}, a pickle that can run code" if pickled else "no such safetensors file",
                     expected="weights in safetensors inside the folder",
-                    mend="Save the model again with save_pretrained(safe_serialization=True).",
+                    mend="Save the model again with save_pretrained() on the machine that made it.",
                 )
         return [self.path / name for name in names]
 
@@ -115,12 +115,12 @@ class ModelFolder:
 def read_spec(path: Path) -> ModelSpec:
     """The shape that a config states: a JSON file, or the config.json of a folder, whose weights needn't be there."""
     file = path / "config.json" if path.is_dir() else path
-    return ModelSpec.from_config(_read_json(file), where=str(file))
+    return ModelSpec.from_config(read_json(file), where=str(file))
 
 
 def _indexed(path: Path) -> list[str]:
     """The files that an index of weights names."""
-    shards = _read_json(path).get("weight_map")
+    shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ModelError(
             f"{path}: weight_map",
@@ -129,17 +129,3 @@ def _indexed(path: Path) -> list[str]:
             mend="Restore the file.",
         )
     return sorted(set(shards.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            str(path), found=f"a file that can't be read ({error})", expected="JSON", mend="Restore the file."
-        ) from None
-    if not isinstance(value, dict):
-        raise ModelError(
-            str(path), found=f"a {type(value).__name__}", expected="a JSON object", mend="Restore the file."
-        )
-    return value

@@ -17,6 +17,7 @@ from pydantic import model_validator
 from espalier import files, units
 from espalier.budget import flops, hardware, memory, price
 from espalier.budget.hardware import Hardware
+from espalier.budget.parallel import Layout, Update, rank_memory
 from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
 from espalier.data.prepare import DataRecipe
 from espalier.errors import BudgetError
@@ -151,8 +152,10 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run, parallel: Parallel | 
             Plan.from_json(kept["first"]),
             changed=made_for != (run.ledger.cap, here.rates),
         )
-    if run.world.size == 1:
+    if parallel is None or parallel.world.size == 1:
         require_memory(recipe, here.hardware)
+    else:
+        require_memory_of_ranks(recipe, here.hardware, parallel)
     spent = Cost(**run.world.told(vars(run.ledger.total))) + here.rates.cost(EXPORT_SECONDS)
     device = _choose_compute(recipe, here, run.world, parallel)
     speeds = _probe(recipe, device, recipe.specs(), parallel)
@@ -189,6 +192,28 @@ def require_memory(recipe: PlannedRecipe, row: hardware.Hardware) -> None:
         expected=f"at most {units.si(at_hand, 'B')}, what {row.name} has",
         mend=f"Set {' or '.join(mends)}." if mends else "Choose a smaller model or a machine with more memory.",
     )
+
+
+def require_memory_of_ranks(recipe: PlannedRecipe, row: Hardware, parallel: Parallel) -> None:
+    """Refuse a run of which a stage doesn't fit the memory that each rank has."""
+    layout = Layout(data=parallel.shard, tensor=parallel.tensor, sharding="full")
+    update = Update(
+        rows=recipe.rows // parallel.replicate,
+        micro_rows=min(recipe.micro_rows, recipe.rows // parallel.data_ranks),
+        sequence_length=recipe.data.sequence_length,
+        compute="bfloat16" if recipe.train.bf16 == "on" else "float32",
+        recompute=recipe.train.recompute,
+    )
+    at_hand = memory.of_one_device(row) // (parallel.world.size if row.kind == "cpu" else 1)
+    needs = [memory.FRAMEWORK + rank_memory(spec, layout, update).total for spec in recipe.specs()]
+    if (need := max(needs)) > at_hand:
+        raise BudgetError(
+            f"stage {needs.index(need) + 1}: memory",
+            found=f"{units.si(need, 'B')} on each of {parallel.world.size} ranks at its most",
+            expected=f"at most {units.si(at_hand, 'B')}, what a rank on {row.name} has",
+            mend="Start more processes on more devices, or set train.recompute=layers or a smaller "
+            "train.per_device_train_batch_size.",
+        )
 
 
 def most_memory(recipe: PlannedRecipe) -> int:

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from espalier.errors import RecipeError
 
+MAX_VALUES = 100_000  # more than anybody writes, and read in a moment
+
 
 class Recipe(BaseModel):
     """Base of every recipe: frozen, and no key that isn't known.
@@ -126,6 +128,8 @@ def _parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple, int]
     lines: dict[tuple, int] = {}
     try:
         node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _require_small(node, {})
         values = yaml.load(text, Loader=_Loader)
         if node is not None:
             _record_lines(node, (), lines)
@@ -136,6 +140,10 @@ def _parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple, int]
             found=str(error.problem).removeprefix("found "),
             expected="YAML",
             mend="Check the indentation and quotes of that line.",
+        ) from None
+    except (RecursionError, ValueError) as error:  # brackets in brackets, a number of thousands of digits
+        raise RecipeError(
+            where, found=f"what can't be read ({error})", expected="YAML", mend="Take out what no person wrote."
         ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -199,6 +207,20 @@ _Dumper.add_representer(str, _represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
+def _require_small(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """The number of values that a node stands for; refuse a few lines whose aliases stand for billions, or go round."""
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        parts = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = parts if isinstance(node, yaml.CollectionNode) else ()
+        sizes[id(node)] = 1 + sum(_require_small(part, sizes) for part in inner)
+    size = sizes[id(node)]
+    if size is None or size > MAX_VALUES:
+        problem = "an alias inside what it stands for" if size is None else f"aliases that stand for {size:,} values"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return size
+
+
 def _record_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int]) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
@@ -223,7 +245,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         value = text
     *parents, last = key.split(".")
     place: Any = values

@@ -182,6 +182,7 @@ class Story:
         """What figures alone don't say."""
         if self.expected and self.results:
             yield self.against_expectation()
+        yield from self.guarded()
         for line in self.metrics:
             if "planned_anew" in line:
                 yield (
@@ -189,6 +190,20 @@ class Story:
                     f"{line['planned_steps']} steps in all: training took {line['pace']:.2f} s for each second planned."
                 )
         yield f"Where the time went: {self.where_time_went()}."
+
+    def guarded(self) -> Iterator[str]:
+        """What went wrong with the numbers."""
+        if broken := [str(line["step"]) for line in self.metrics if "nonfinite" in line]:
+            plural = f"{len(broken)} updates were" if len(broken) > 1 else "One update was"
+            yield f"{plural} not made, of numbers that weren't finite: step {', '.join(broken)}."
+        for line in self.metrics:
+            if "rewound_from" in line:
+                yield (
+                    f"At step {line['rewound_from']} the loss was {line['spike']:.1f} sigma above the latest: the run "
+                    f"went back to step {line['step']} and passed over the samples that led there."
+                )
+            elif "spike" in line:
+                yield f"At step {line['step']} the loss was {line['spike']:.1f} sigma above the latest."
 
     def against_expectation(self) -> str:
         """The loss beside the one that a law expected of the recipe."""
@@ -236,6 +251,8 @@ def tell(folder: Path) -> None:
     console.print("* estimated; from scratch: the same tokens at the final size throughout", style="dim")
     if story.expected and story.results:
         console.print(story.against_expectation(), highlight=False)
+    for note in story.guarded():
+        console.print(note, highlight=False)
     console.print(f"the whole run: {units.duration(total.seconds)}, {units.money(total.usd)}")
     for row in story.stages():
         loss = f", held-out loss {row.loss:.3f}" if row.loss is not None else ""

@@ -116,7 +116,9 @@ class World:
             return result  # type: ignore[return-value]
         if error and not isinstance(error, UserError):
             raise error
-        raise errors.from_json(failures[first], rank=first)
+        told = errors.from_json(failures[first], rank=first)
+        told.told_by_leader = True  # type: ignore[attr-defined]
+        raise told
 
     def led(self, work: Callable[[], T]) -> T | None:
         """What the leader makes of `work`, there; None on the others, which fail if it does."""

@@ -83,7 +83,7 @@ def test_messages_count_as_the_chat_template_writes_them(folder, written):
         ("\n\n", "no rows"),
         ('{"text": "a"}\n{"text": 3}\n', r"rows\.jsonl:2: .* no string"),
         ('{"text": "a"}\n{"tex', r"rows\.jsonl:2: .* can't be read"),
-        ("[1]\n", r"rows\.jsonl:1: found a list"),
+        ("[1]\n", r"rows\.jsonl:1: .*not a JSON object"),
         ('{"question": "a"}\n', r"rows\.jsonl:1: found the columns question"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "preferences"),
         ('{"messages": "a"}\n', r"rows\.jsonl:1: messages"),

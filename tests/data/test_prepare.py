@@ -33,7 +33,7 @@ def told() -> list[str]:
 
 
 def make(corpus: Path, told: list[str], **changed) -> Dataset:
-    recipe = DataRecipe.model_validate({"sources": str(corpus), "held_out": 0.2, **changed})
+    recipe = DataRecipe.model_validate({"sources": str(corpus), "held_out": 0.2, "bad_rows": 0.1, **changed})
     return prepare(recipe, home=corpus.parent / "home", tell=told.append)
 
 
@@ -68,7 +68,7 @@ def test_every_distinct_document_is_in_one_split_and_the_rest_is_counted(corpus,
         assert dataset.bytes[split] == sum(len(text.encode()) for text in texts)
         assert all(split_of(text, 0.2) == split for text in texts)
     lines = (dataset.path / module.QUARANTINE).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"origin": "corpus/broken.txt", "reason": "not UTF-8"}]
+    assert [json.loads(line) for line in lines] == [{"origin": "corpus/broken.txt byte 0", "reason": "not UTF-8"}]
 
 
 def test_the_dataset_opens_as_a_dataset_and_is_a_source_itself(corpus, told):
@@ -188,3 +188,26 @@ def test_recipes_load_without_heavy_libraries():
     code = f"import sys, espalier.data.prepare; print(set('{heavy}'.split()) & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def test_more_bad_rows_than_allowed_are_refused_with_the_first_of_them(corpus, told):
+    lines = [json.dumps({"text": f"row {number}"}) for number in range(60)]
+    lines[7] = lines[9] = "no JSON"
+    (corpus / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="2 of 120 rows") as refused:
+        make(corpus, told, bad_rows=0.016)
+    assert refused.value.where == "corpus/rows.jsonl:8" and "rows.jsonl:10" in refused.value.found
+    assert "bad_rows=0.0167" in refused.value.mend
+    dataset = make(corpus, told, bad_rows=0.0167)
+    assert sum(dataset.rows.values()) == 118
+    assert (
+        f"corpus/rows.jsonl:8: malformed JSON; 2 of 120 rows quarantined in {dataset.path / module.QUARANTINE}." in told
+    )
+    with pytest.raises(DataError, match="2 of 120 rows"):
+        make(corpus, told, bad_rows=0)
+
+
+def test_an_archive_among_the_texts_is_named_with_the_way_to_unpack_it(corpus, told):
+    (corpus / "more.tar.gz").write_bytes(b"no matter")
+    with pytest.raises(DataError, match=r"1 archive, not unpacked.*tar -xf"):
+        make(corpus, told, bad_rows=0.01)

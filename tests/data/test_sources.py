@@ -157,10 +157,11 @@ def test_every_line_is_a_document_or_in_quarantine(temporary, lines):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\xff"}', "byte 10: not UTF-8"),
         (b'{"text": "\\ud800"}', "not UTF-8"),
         (b'{"text": ', "malformed JSON"),
         (b'{"text": ' + b"[" * 100_000, "malformed JSON"),
+        (b'{"text": "a", "text": "b"}', "a key twice"),
         (b"[1]", "not a JSON object"),
         (b'{"text": null}', "no text"),
         (b'{"other": "x"}', "no text"),
@@ -172,7 +173,9 @@ def test_a_bad_row_is_named_with_its_reason_and_its_neighbours_stay(tmp_path, mo
     path = write(tmp_path / "rows.jsonl", b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     quarantine = Quarantine()
     assert texts(path, quarantine) == ["a", "b"]
-    assert quarantine.first == [("rows.jsonl:2", reason)]
+    assert [": ".join(entry) for entry in quarantine.first] == [
+        f"rows.jsonl:2{' ' * ('byte' in reason) or ': '}{reason}"
+    ]
 
 
 def test_a_bad_file_of_a_folder_is_quarantined_and_its_neighbours_stay(tmp_path, monkeypatch):
@@ -184,7 +187,8 @@ def test_a_bad_file_of_a_folder_is_quarantined_and_its_neighbours_stay(tmp_path,
     write(tmp_path / "e.arrow", b"nor is this Arrow")
     quarantine = Quarantine()
     assert texts(tmp_path, quarantine) == ["good"]
-    assert [Path(origin).name for origin, _ in quarantine.first] == ["a.md", "b.md", "d.parquet", "e.arrow"]
+    names = [Path(origin).name for origin, _ in quarantine.first]
+    assert names == ["a.md byte 0", "b.md", "d.parquet", "e.arrow"]
 
 
 def test_quarantine_counts_all_and_names_the_first_hundred():
@@ -196,13 +200,13 @@ def test_quarantine_counts_all_and_names_the_first_hundred():
 
 
 def test_a_bad_text_in_parquet_is_quarantined_by_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2)
-    column = pyarrow.array([b"a", b"\xff", None, b"abc", b"b"], pyarrow.binary()).view(pyarrow.string())
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2000)
+    column = pyarrow.array([b"a", b"\xff", None, b"x" * 2001, b"b"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
     quarantine = Quarantine()
     assert texts(tmp_path / "rows.parquet", quarantine) == ["a", "b"]
     assert quarantine.first == [
-        ("rows.parquet:1", "not UTF-8"),
+        ("rows.parquet:1 byte 0", "not UTF-8"),
         ("rows.parquet:2", "no text"),
         ("rows.parquet:3", sources.TOO_LONG),
     ]
@@ -280,27 +284,99 @@ def test_a_folder_without_a_corpus_is_refused(tmp_path):
         texts({"path": str(tmp_path), "pattern": "*.md"})
 
 
-def test_a_hub_dataset_is_streamed(monkeypatch):
-    asked = []
+class Builder:
+    """A dataset of the Hub as `datasets` would prepare to stream it."""
 
-    def load_dataset(*names, **settings):
-        asked.append((names, settings))
+    __module__ = "datasets.packaged_modules.json.json"
+
+    def __init__(self, files=("hf://datasets/some/name@12ab/rows.jsonl",)):
+        self.config = types.SimpleNamespace(data_files={"test": list(files)})
+
+    def as_streaming_dataset(self, split):
+        assert split == "test"
         return iter([{"body": "a"}, {"body": None}, {"body": "b"}])
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that gives this builder, or raises this error; what it was asked for."""
+    asked = []
+
+    def hub(given):
+        def load_dataset_builder(*names):
+            asked.append(names)
+            if isinstance(given, Exception):
+                raise given
+            return given
+
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset_builder=load_dataset_builder))
+        return asked
+
+    return hub
+
+
+def test_a_hub_dataset_is_streamed(hub):
+    asked = hub(Builder())
     quarantine = Quarantine()
     source = Source(path="hub:some/name", split="test", subset="small", column="body")
     assert [document.origin for document in read(source, quarantine)] == ["hub:some/name:0", "hub:some/name:2"]
-    assert asked == [(("some/name", "small"), {"split": "test", "streaming": True})]
+    assert asked == [("some/name", "small")]
     assert quarantine.first == [("hub:some/name:1", "no text")]
     with pytest.raises(DataError, match="the columns body"):
-        texts("hub:some/name")
+        texts("hub:some/name:test")
 
 
-def test_a_hub_that_fails_is_a_data_error_in_its_own_words(monkeypatch):
-    def load_dataset(*names, **settings):
-        raise ConnectionError("Couldn't reach it\nand more")
+@pytest.mark.parametrize(
+    "file", ["/etc/passwd", "https://example.org/x.jsonl", "hf://datasets/some/name2@1/x.jsonl", "zip://x::/etc/x.zip"]
+)
+def test_a_hub_dataset_whose_card_names_files_elsewhere_is_refused(hub, file):
+    hub(Builder(["hf://datasets/some/name@12ab/rows.jsonl", file]))
+    with pytest.raises(DataError, match="found the file") as refused:
+        texts("hub:some/name:test")
+    assert file in refused.value.found
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+def test_a_hub_dataset_that_needs_a_reader_of_pickles_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(Builder, "__module__", "datasets.packaged_modules.pandas.pandas")
+    hub(Builder())
+    with pytest.raises(DataError, match="'pandas'"):
+        texts("hub:some/name:test")
+
+
+def test_a_hub_that_fails_is_a_data_error_in_its_own_words(hub):
+    hub(ConnectionError("Couldn't reach it\nand more"))
     with pytest.raises(DataError, match="hub:some/name: found Couldn't reach it; expected"):
         texts("hub:some/name")
+
+
+@pytest.mark.parametrize("name", ["corpus.tar", "corpus.tar.gz", "corpus.ZIP", "rows.jsonl.zst"])
+def test_an_archive_is_never_passed_over_in_silence(tmp_path, name):
+    write(tmp_path / "text" / name, "no matter")
+    write(tmp_path / "text" / "a.md", "text")
+    with pytest.raises(DataError, match=r"found an archive.*tar -xf"):
+        texts(tmp_path / "text" / name)
+    quarantine = Quarantine()
+    assert texts(tmp_path / "text", quarantine) == ["text"]
+    assert quarantine.first == [(f"text/{name}", sources.ARCHIVE)]
+
+
+def test_a_long_text_that_every_row_repeats_is_decoded_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HELD_BYTES", 4000)
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), ["x" * 1000])
+    table = pyarrow.table({"text": column})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pyarrow.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as one:
+        one.write_table(table)
+    sizes = []
+    checked = sources._parts
+    monkeypatch.setattr(sources, "_parts", lambda *given: (sizes.append(len(part)) or part for part in checked(*given)))
+    for suffix in ("parquet", "arrow"):
+        assert texts(tmp_path / f"rows.{suffix}") == ["x" * 1000] * 300
+    assert sum(sizes) == 600 and max(sizes) <= 4
+
+
+def test_rows_that_are_far_too_long_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2000)
+    parquet.write_table(pyarrow.table({"text": ["x" * 100_000]}), tmp_path / "rows.parquet", compression="zstd")
+    with pytest.raises(DataError, match="1 rows of 1000"):
+        texts(tmp_path / "rows.parquet")

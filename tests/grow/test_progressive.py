@@ -554,3 +554,110 @@ def test_the_model_ends_its_texts_with_the_tokenizer_s_token(carry_out, stream, 
     setting = replace(setting, train_stream=replace(stream, eos_id=7))
     model = grow_run(recipe, plan_of(recipe), setting).state.model
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 7
+
+
+@pytest.fixture
+def spiked(make_run, setting_of, stream):
+    """Carry out a recipe on a stream in which the updates of some steps, counted without rewinds, have a hundred times
+    the loss; saved every ten steps if not stated.
+    """
+
+    def spiked(recipe: GrowthRecipe, *steps: int, run: Run, save_steps: int = 10, on_spike: str = "rewind") -> Outcome:
+        poisoned = [torch.from_numpy(stream.batch(4 * (step - 1), 4).input_ids) for step in steps]
+
+        def objective(model, inputs, *more):
+            loss = NextToken()(model, inputs, *more)
+            return loss * 100 if any(torch.equal(inputs, bad) for bad in poisoned) else loss
+
+        told = recipe.train.model_copy(update={"save_steps": save_steps, "on_spike": on_spike})
+        recipe = recipe.model_copy(update={"train": told})
+        return grow_run(recipe, plan_of(recipe), replace(setting_of(run), objective=objective))
+
+    return spiked
+
+
+def test_a_spike_leads_back_to_before_it_and_past_its_batches(spiked, make_run, stream, told, monkeypatch):
+    asked = []
+    original = type(stream).batch
+    run = make_run()
+    monkeypatch.setattr(type(stream), "batch", lambda *args, **more: asked.append(args[1]) or original(*args, **more))
+    outcome = spiked(recipe_of(SMALL, steps=60), 51, run=run)
+    expected = [*range(51), 40, *range(56, 75)]
+    assert asked[1:] == [4 * batch for batch in expected], "what led to it isn't seen again"
+    assert any(line.endswith("sigma at step 51: rewound to 40, skipping batches 42-56") for line in told)
+    progress = outcome.state.progress
+    assert (outcome.ending, progress.step, progress.samples, progress.tokens) == ("done", 60, 4 * 75, 60 * TOKENS)
+    assert (progress.guards.rewinds, progress.guards.skipped) == (1, ((4 * 41, 4 * 56),))
+    assert run.ledger.spent(kind="train").tokens == (51 + 20) * TOKENS, "what was in vain was paid for"
+    lines = list(read_lines(run.folder / METRICS))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+    assert [line["rewound_from"] for line in lines if "rewound_from" in line] == [51]
+
+
+@pytest.mark.parametrize("at", [45, 51, 53, 58, 70])
+def test_a_run_that_crashed_around_a_rewind_ends_with_the_same_bits(spiked, make_run, reopened, monkeypatch, at):
+    recipe, run = recipe_of(SMALL, steps=60), make_run()
+    whole = spiked(recipe, 51, run=make_run())
+    updates = iter(range(1, 1000))
+    original = loop.update
+
+    def update(*arguments):
+        if next(updates) == at:
+            raise ZeroDivisionError
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop, "update", update)
+        spiked(recipe, 51, run=run)
+    resumed = spiked(recipe, 51, run=reopened(run))
+    assert resumed.state.progress == whole.state.progress and resumed.held_out == whole.held_out
+    expected = whole.state.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
+
+
+def test_a_spike_that_is_only_told_changes_nothing(spiked, make_run, told):
+    outcomes = [spiked(recipe_of(SMALL, steps=60), 51, run=make_run(), on_spike=way) for way in ("tell", "off")]
+    expected = outcomes[1].state.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in outcomes[0].state.model.state_dict().items())
+    assert [line.endswith("at step 51; training goes on.") for line in told if "Spike" in line] == [True]
+
+
+def test_a_run_without_a_checkpoint_from_before_goes_on(spiked, make_run, told):
+    outcome = spiked(recipe_of(SMALL, steps=60), 51, run=make_run(), save_steps=50)
+    assert outcome.state.progress.step == 60 and outcome.state.progress.guards.rewinds == 0
+    assert any(line.endswith("at step 51; training goes on.") for line in told)
+
+
+def test_a_run_goes_back_a_few_times_only(spiked, make_run, told):
+    outcome = spiked(recipe_of(SMALL, steps=220), 51, 101, 151, 201, run=make_run())
+    assert [line.split(" at step ")[1].split(",")[0] for line in told if "Spike" in line] == [
+        "51: rewound to 40",
+        "86: rewound to 70",
+        "121: rewound to 110",
+        "156; training goes on.",
+    ]
+    assert (outcome.state.progress.step, outcome.state.progress.guards.rewinds) == (220, 3)
+
+
+def test_a_growth_begins_a_new_window(carry_out):
+    outcome = carry_out(recipe_of(SMALL, LARGE | {"depth": "identity"}))
+    remembered = outcome.state.progress.guards
+    assert (len(remembered.losses), len(remembered.surprises)) == (6, 5)
+
+
+def test_a_spike_after_a_growth_may_lead_back_to_before_it(spiked, make_run, told):
+    run = make_run()
+    outcome = spiked(recipe_of(SMALL, LARGE | {"depth": "identity"}, steps=60), 100, run=run, save_steps=1000)
+    assert any("at step 100: rewound to 60, skipping batches 91-105" in line for line in told)
+    assert (outcome.state.progress.step, outcome.state.progress.stage) == (120, 1)
+    assert sum("growth" in line for line in read_lines(run.folder / METRICS)) == 1
+
+
+def test_what_a_rewind_costs_is_missing_at_the_end_of_a_budget(spiked, make_run):
+    recipe = recipe_of(SMALL, steps=60)
+    run = make_run(tokens=66 * TOKENS)
+    outcome = spiked(recipe, 51, run=run)
+    assert outcome.ending == "done" and 50 <= outcome.state.progress.step <= 55
+    assert run.ledger.total.tokens <= 66 * TOKENS
+    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "learning_rate" in line]
+    assert rates[-1] < 0.1 * max(rates), "it has decayed to its end"

@@ -4,6 +4,7 @@ import errno
 import json
 import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from espalier import files
 from espalier.errors import ResourceError, RunError
 from espalier.train import checkpoint
 from espalier.train.checkpoint import Progress, Saver, list_steps, load, newest
-from espalier.train.loop import State, train
+from espalier.train.loop import State, train, update
 from espalier.train.objectives import NextToken
 from espalier.train.optim import Optimizer
 
@@ -227,3 +228,39 @@ def test_a_disk_that_fills_while_writing_leaves_the_last_checkpoint(
     assert list_steps(tmp_path) == [4, 2]
     assert newest(tmp_path, told.append) == two_checkpoints[1]
     assert not list(tmp_path.glob(f"{files.PARTIAL}*"))
+
+
+def test_every_so_many_steps_one_stays(begin, tmp_path):
+    saver, state = Saver(tmp_path, tokenizer=None, keep=2, every=4), begin()
+    for step in range(1, 11):
+        state.progress = Progress(step=step)
+        saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=0)
+    assert list_steps(tmp_path) == [10, 9, 8, 4]
+
+
+def test_what_is_written_beside_the_training_is_the_state_as_it_was(
+    begin, device, stream, segment, same, weights, tmp_path
+):
+    state = begin()
+    train_on = {"stream": stream, "segment": segment(3), "objective": next_token, "device": device}
+    before = weights(state)
+    saver = Saver(tmp_path, tokenizer=None, keep=2, when="beside")
+    saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=0)
+    update(state, **train_on)
+    assert not same(weights(state), before)
+    saver.finish()
+    assert same(dict(load(tmp_path / "checkpoint-0", device)[0].named_parameters()), before)
+
+
+def test_a_disk_that_fills_beside_the_training_is_told_at_the_next_step(begin, tmp_path, monkeypatch):
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "full")
+
+    state, saver = begin(), Saver(tmp_path, tokenizer=None, keep=2, when="beside")
+    monkeypatch.setattr(checkpoint.shards, "write_tensors", full)
+    saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=0)
+    with pytest.raises(ResourceError, match="full disk"):
+        for _ in range(100):
+            saver.poll()
+            time.sleep(0.05)
+    assert not list(tmp_path.iterdir())

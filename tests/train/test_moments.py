@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from espalier.errors import NumericsError
 from espalier.ledger import Cost
 from espalier.run import METRICS, read_lines
 from espalier.train.checkpoint import Progress
@@ -80,6 +81,16 @@ def test_held_out_loss_is_taken_when_due_logged_and_paid_for(run, lines):
     ]
     spent = run.ledger.spent(kind="evaluate", stage=1)
     assert (spent.flops, spent.tokens) == (1400.0, 0.0)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_refused(run, lines):
+    validate = Validate(
+        run, Meter(run, Cost()), lambda state: HeldOut(float("nan"), 1.0, 1, 0.0), every=1, flops_per_token=1.0
+    )
+    with pytest.raises(NumericsError, match="step 1: found held-out loss nan"):
+        for state, step in steps(1):
+            validate(state, step)
+    assert lines(run) == []
 
 
 def test_time_before_an_evaluation_is_charged_to_training(run):

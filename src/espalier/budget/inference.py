@@ -217,7 +217,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield from enumerate(csv.DictReader(file), start=2)
             else:
                 yield from ((number, json.loads(line)) for number, line in enumerate(file, start=1))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             str(path), found=f"what can't be read ({error})", expected="CSV or JSON lines", mend="Mend the file."
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from espalier.dataset import CARD, KINDS, Dataset, kind_of
 from espalier.errors import DataError, ModelError
+from espalier.untrusted import json_object, load_tokenizer
 
 TAUGHT = ("text", "messages", "prompt_completion")  # the kinds of row that supervised fine-tuning takes
 SUFFIXES = (".jsonl", ".parquet")
@@ -91,14 +91,11 @@ def _rows(data: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        return json_object(line)
     except ValueError as error:
         raise DataError(
-            where, found=f"what can't be read ({error})", expected="JSON", mend="Correct the line."
+            where, found=f"what can't be read ({error})", expected="a JSON object", mend="Correct the line."
         ) from None
-    if not isinstance(row, dict):
-        raise DataError(where, found=f"a {type(row).__name__}", expected="a JSON object", mend="Correct the line.")
-    return row
 
 
 def _encoder(folder: Path) -> Callable[[str], int]:
@@ -121,9 +118,7 @@ def _encoder(folder: Path) -> Callable[[str], int]:
 
 def _chat(folder: Path) -> Callable[[Any, str], int]:
     """A function from messages (and where they are) to the number of tokens that the chat template makes of them."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ModelError(
             str(folder),
@@ -137,7 +132,10 @@ def _chat(folder: Path) -> Callable[[Any, str], int]:
             return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
         except Exception as error:  # templates raise what they like
             raise DataError(
-                f"{where}: messages", found=str(error), expected="a list of role and content", mend="Correct the row."
+                f"{where}: messages",
+                found=str(error) or type(error).__name__,
+                expected="a list of role and content",
+                mend="Correct the row.",
             ) from None
 
     return length

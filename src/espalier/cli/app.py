@@ -10,6 +10,7 @@ import typer
 
 from espalier import __version__, errors, files
 from espalier.cli import launch, methods, run, runs
+from espalier.world import World
 
 app = typer.Typer(
     name="espalier",
@@ -37,7 +38,8 @@ def run_app(arguments: list[str]) -> int:
     try:
         return app(arguments, standalone_mode=False) or 0
     except errors.UserError as error:
-        show(error)
+        if World.here().leads or not getattr(error, "told_by_leader", False):
+            show(error)
         return error.exit_code
     except typer.TyperException as error:
         print(f"{error.format_message()}\nSee `espalier --help`.", file=sys.stderr)

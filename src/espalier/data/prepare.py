@@ -6,6 +6,7 @@ A dataset is made once: its folder is named by the recipe and by the names, size
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pydantic import ByteSize, Field, field_validator
 
 from espalier import __version__, files
 from espalier.data.ops.dedup import text_hash, unique
-from espalier.data.sources import STDLIB, Document, Quarantine, Source, local_files, read
+from espalier.data.sources import ARCHIVE, STDLIB, UNPACK, Document, Quarantine, Source, local_files, read
 from espalier.dataset import Dataset
 from espalier.errors import DataError
 from espalier.method import method
@@ -37,6 +38,9 @@ class DataRecipe(Recipe):
 
     sources: tuple[Source, ...] = Field(default=(Source.model_validate(STDLIB),), min_length=1)
     held_out: float = Field(default=0.02, gt=0, lt=1, description="share of the documents kept for validation")
+    bad_rows: float = Field(
+        default=0.01, ge=0, le=1, description="share of the rows that may be put aside; with more, the text is refused"
+    )
     max_bytes: ByteSize | None = Field(default=None, description="at most so much text, as in 12MB")
     sequence_length: int = Field(default=256, ge=2, description="tokens in a row")
     attend: Literal["row", "document"] = Field(
@@ -85,7 +89,7 @@ def prepare(recipe: DataRecipe, *, home: Path, tell: Callable[[str], None]) -> D
 
     Found in `home`/data when it was made before; a damaged copy is made again. `dropped` counts what was left out:
     empty and duplicate documents, and by reason what couldn't be read (the first hundred are in quarantine.jsonl).
-    Raises `DataError` when a source isn't there or a split would be empty.
+    Raises `DataError` when a source isn't there, more than `bad_rows` couldn't be read, or a split would be empty.
     """
     path = home / "data" / _key(recipe)
     if path.exists():
@@ -95,7 +99,7 @@ def prepare(recipe: DataRecipe, *, home: Path, tell: Callable[[str], None]) -> D
             tell(f"The cached dataset is damaged ({error.found}); making it again.")
     tell(f"Reading {', '.join(source.path for source in recipe.sources)}.")
     with files.whole_folder(path) as folder:
-        dataset = _write(recipe, path, folder)
+        dataset = _write(recipe, path, folder, tell)
         dataset.save_card(folder)
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(dataset.dropped.items()))
     tell(
@@ -117,19 +121,24 @@ def _key(recipe: DataRecipe) -> str:
         for origin, path in local_files(source).items():
             status = path.stat()
             listing.append([origin, str(path.resolve()), status.st_size, status.st_mtime_ns])
-    told = recipe.model_dump(mode="json", include={"sources", "held_out", "max_bytes"})
+    told = recipe.model_dump(mode="json", include={"sources", "held_out", "bad_rows", "max_bytes"})
     return files.digest([__version__, told, listing])[:16]
 
 
-def _write(recipe: DataRecipe, path: Path, folder: Path) -> Dataset:
+def _write(recipe: DataRecipe, path: Path, folder: Path, tell: Callable[[str], None]) -> Dataset:
     """Stream the kept documents into `folder`, which will be `path`."""
-    quarantine, dropped = Quarantine(), Counter[str]()
-    read_all = (document for source in recipe.sources for document in read(source, quarantine))
+    quarantine, dropped, good = Quarantine(), Counter[str](), Counter[str]()
+    read_all = (document for source in recipe.sources for document in _counted(read(source, quarantine), good))
     kept = _at_most(recipe.max_bytes, unique(_not_empty(read_all, dropped), dropped))
     with _Split(folder / f"{TRAIN}.parquet") as train, _Split(folder / f"{VALIDATION}.parquet") as validation:
         for document in kept:
             split = validation if split_of(document.text, recipe.held_out) == VALIDATION else train
             split.add(document)
+    rows = good.total() + quarantine.counts.total()
+    _require_few_bad(recipe, quarantine, rows)
+    if quarantine.first:
+        told = f"{quarantine.counts.total():,} of {rows:,} rows quarantined in {path / QUARANTINE}"
+        tell(f"{': '.join(quarantine.first[0])}; {told}.")
     dropped += quarantine.counts
     if not train.rows or not validation.rows:
         raise _too_little(recipe, train.rows, validation.rows, dropped)
@@ -144,6 +153,12 @@ def _write(recipe: DataRecipe, path: Path, folder: Path) -> Dataset:
         licence=", ".join(sorted({source.licence for source in recipe.sources})),
         parents=tuple(source.path for source in recipe.sources),
     )
+
+
+def _counted(documents: Iterable[Document], counts: Counter[str]) -> Iterator[Document]:
+    for document in documents:
+        counts["read"] += 1
+        yield document
 
 
 def _not_empty(documents: Iterable[Document], dropped: Counter[str]) -> Iterator[Document]:
@@ -206,6 +221,22 @@ class _Split:
         }
         self._writer.write_table(pyarrow.table(columns, schema=self._schema))
         self._waiting, self._waiting_bytes = [], 0
+
+
+def _require_few_bad(recipe: DataRecipe, quarantine: Quarantine, rows: int) -> None:
+    """Refuse a text of which more couldn't be read than its recipe allows."""
+    bad = quarantine.counts.total()
+    if bad <= recipe.bad_rows * rows:
+        return
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(quarantine.counts.items()))
+    places = ", ".join(origin for origin, _ in quarantine.first[:5])
+    mend = f"Mend or remove them, or allow more with bad_rows={math.ceil(1e4 * bad / rows) / 1e4:g}."
+    raise DataError(
+        quarantine.first[0][0],
+        found=f"{bad:,} of {rows:,} rows that can't be read ({reasons}), the first at {places}",
+        expected=f"at most {recipe.bad_rows:.4g} of them",
+        mend=mend + (f" {UNPACK}" if quarantine.counts[ARCHIVE] else ""),
+    )
 
 
 def _too_little(recipe: DataRecipe, train: int, validation: int, dropped: Counter[str]) -> DataError:

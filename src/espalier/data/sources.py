@@ -1,14 +1,14 @@
 """Sources: where documents come from, and how each kind is read.
 
 A source is the standard library, a local file or folder, or a dataset on the Hugging Face Hub. A document that isn't
-text goes to quarantine and is counted; a source that can't be read at all is refused.
+text goes to quarantine and is counted; a source that can't be read at all is refused. Archives aren't unpacked: where
+their members would land, and how large they become, is theirs to say.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import os
 import re
 import sysconfig
@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from espalier.dataset import CARD, Dataset
 from espalier.errors import DataError
 from espalier.recipe import Recipe
+from espalier.untrusted import json_object
 
 STDLIB = "stdlib"
 HUB = "hub:"
@@ -36,6 +37,11 @@ _KNOWN = """
 .proto .graphql .cmake .gradle .tf .asm .s .f90 .f .pas .dart .zig .nim .v .sv .vhd
 """
 TEXT_SUFFIXES = frozenset(_KNOWN.split())
+_PACKED = ".tar .tgz .tbz2 .txz .zip .gz .bz2 .xz .zst .lz4 .br .7z .rar"
+ARCHIVES = frozenset(_PACKED.split())
+UNPACK = "Unpack archives yourself, into an empty folder: tar -xf FILE -C FOLDER, unzip FILE -d FOLDER, zstd -d FILE."
+# What a Hub dataset may be read by: those readers of `datasets` that only take rows from the files of its repository.
+HUB_READERS = frozenset({"parquet", "json", "csv", "text"})
 NOT_CORPUS = frozenset({"__pycache__", "node_modules"})
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -49,6 +55,9 @@ SPLIT_WORDS = {
 # A longer document is quarantined: tokenising takes about 110 bytes of memory for each of its bytes.
 MAX_DOCUMENT_BYTES = 16 * 2**20
 TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES // 2**20} MiB"
+# Rows in memory at a time, where it isn't known how long each is.
+HELD_BYTES = 16 * MAX_DOCUMENT_BYTES
+ARCHIVE = "archive, not unpacked"
 
 
 @dataclass(frozen=True)
@@ -115,11 +124,14 @@ def read(source: Source, quarantine: Quarantine) -> Iterator[Document]:
     """The documents of a source, in an order that depends only on names.
 
     A file of text or code is one document; .jsonl, .json (a JSON object a line), .parquet and .arrow are rows.
-    Raises `DataError` for a source that isn't there or has no such column.
+    Raises `DataError` for a source that isn't there, is an archive or has no such column.
     """
     if source.path.startswith(HUB):
         yield from _read_hub(source, quarantine)
     for origin, path in local_files(source).items():
+        if path.suffix.lower() in ARCHIVES:
+            quarantine.add(origin, ARCHIVE)
+            continue
         reader = READERS.get(path.suffix.lower(), _read_text)
         try:
             yield from reader(path, origin, source, quarantine)
@@ -130,8 +142,8 @@ def read(source: Source, quarantine: Quarantine) -> Iterator[Document]:
 def local_files(source: Source) -> dict[str, Path]:
     """The files that a source is read from, by origin, in reading order; none for a Hub dataset.
 
-    Of a folder: the files that `pattern` matches, else those with a known suffix. Names that start with a dot are
-    left out, and links to folders aren't followed: name what they point to as a source of its own.
+    Of a folder: the files that `pattern` matches, else those with a known suffix, archives among them. Names that
+    start with a dot are left out, and links to folders aren't followed: name what they point to as a source of its own.
     """
     if source.path.startswith(HUB):
         return {}
@@ -139,6 +151,10 @@ def local_files(source: Source) -> dict[str, Path]:
         return _standard_library()
     path = _located(source.path)
     if path.is_file():
+        if path.suffix.lower() in ARCHIVES:
+            raise DataError(
+                source.path, found="an archive", expected="a file of text or rows, or a folder", mend=UNPACK
+            )
         return {path.name: path}
     if (path / CARD).is_file():
         dataset = Dataset.open(path)
@@ -189,7 +205,7 @@ def _matching(folder: Path, pattern: str | None) -> list[Path]:
     # Path.glob doesn't descend into links, so no loop of them can catch it.
     files = {file for file in folder.glob(pattern or "**/*") if _is_corpus(file.relative_to(folder)) and file.is_file()}
     if pattern is None:
-        files = {file for file in files if file.suffix.lower() in TEXT_SUFFIXES or _has_rows(file)}
+        files = {file for file in files if file.suffix.lower() in TEXT_SUFFIXES | ARCHIVES or _has_rows(file)}
     return sorted(files, key=Path.as_posix)
 
 
@@ -235,7 +251,10 @@ def _read_json_lines(path: Path, origin: str, source: Source, quarantine: Quaran
     column_seen = False
     for place, line in _lines(path, origin, quarantine):
         try:
-            row = _json_object(line)
+            row = json_object(line)
+        except UnicodeDecodeError as error:
+            quarantine.add(*_not_utf8(place, error))
+            continue
         except ValueError as reason:
             quarantine.add(place, str(reason))
             continue
@@ -260,29 +279,35 @@ def _lines(path: Path, origin: str, quarantine: Quarantine) -> Iterator[tuple[st
                 yield place, line
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
-    """The row that a line holds; ValueError says in a few words why it holds none."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("malformed JSON") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    return row
-
-
 def _read_parquet(path: Path, origin: str, source: Source, quarantine: Quarantine) -> Iterator[Document]:
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             _require_column(origin, source.column, file.schema_arrow.names)
-            batches = file.iter_batches(256, columns=[source.column])
+            groups = range(file.metadata.num_row_groups)
+            batches = itertools.chain.from_iterable(_read_group(file, group, origin, source) for group in groups)
             yield from _read_batches(batches, origin, source, quarantine)
-    except ArrowException:
+    except (ArrowException, OSError):
         quarantine.add(origin, "damaged Parquet")
+
+
+def _read_group(file: Any, group: int, origin: str, source: Source) -> Iterator[Any]:
+    """A row group of a Parquet file in batches that may not become much larger than HELD_BYTES.
+
+    A few bytes of the file can stand for gigabytes of text: every row may be the same long word of a dictionary.
+    """
+    stated = file.metadata.row_group(group)
+    columns = (stated.column(number) for number in range(stated.num_columns))
+    size = sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] == source.column)
+    if size > MAX_DOCUMENT_BYTES * stated.num_rows:
+        raise DataError(
+            f"{origin}: {source.column}",
+            found=f"{stated.num_rows} rows of {size} bytes together",
+            expected=f"rows of at most {MAX_DOCUMENT_BYTES // 2**20} MiB",
+            mend="Cut the texts, or set the source's column to one that holds documents.",
+        )
+    yield from file.iter_batches(_rows_at_once(size), row_groups=[group], columns=[source.column])
 
 
 def _read_arrow(path: Path, origin: str, source: Source, quarantine: Quarantine) -> Iterator[Document]:
@@ -298,22 +323,44 @@ def _read_arrow(path: Path, origin: str, source: Source, quarantine: Quarantine)
 
 
 def _read_batches(batches: Iterable[Any], origin: str, source: Source, quarantine: Quarantine) -> Iterator[Document]:
-    import pyarrow
-
     numbers = itertools.count()
     for batch in batches:
-        column = batch.column(source.column)
-        try:
-            values = column.cast(pyarrow.large_binary()).to_pylist()
-        except pyarrow.ArrowException:
-            raise DataError(
-                f"{origin}: {source.column}",
-                found=f"a column of {column.type}",
-                expected="a column of text",
-                mend="Set the source's column to one that holds text.",
-            ) from None
-        for value in values:
-            yield from _checked(value, f"{origin}:{next(numbers)}", quarantine)
+        column = _as_bytes(batch.column(source.column), f"{origin}: {source.column}")
+        for part in _parts(column):
+            for value in part.to_pylist():
+                yield from _checked(value, f"{origin}:{next(numbers)}", quarantine)
+
+
+def _as_bytes(column: Any, where: str) -> Any:
+    """A column of text as one of bytes, whose offsets are known to lie in its data; `DataError` for another column."""
+    import pyarrow
+
+    binary = pyarrow.large_binary()
+    try:
+        if pyarrow.types.is_dictionary(column.type):
+            column = pyarrow.DictionaryArray.from_arrays(column.indices, column.dictionary.cast(binary), safe=False)
+        else:
+            column = column.cast(binary)
+    except pyarrow.ArrowException:
+        raise DataError(
+            where,
+            found=f"a column of {column.type}",
+            expected="a column of text",
+            mend="Set the source's column to one that holds text.",
+        ) from None
+    column.validate(full=True)
+    return column
+
+
+def _parts(column: Any) -> Iterator[Any]:
+    """A column, a few rows at a time."""
+    rows = _rows_at_once(column.nbytes)
+    return (column.slice(start, rows) for start in range(0, len(column), rows))
+
+
+def _rows_at_once(size: int) -> int:
+    """How many rows of a column of `size` bytes may be decoded together, if each held all that the column has."""
+    return min(max(HELD_BYTES // max(size, 1), 1), 256)
 
 
 def _read_hub(source: Source, quarantine: Quarantine) -> Iterator[Document]:
@@ -321,7 +368,9 @@ def _read_hub(source: Source, quarantine: Quarantine) -> Iterator[Document]:
 
     name = source.path.removeprefix(HUB)
     try:
-        rows = datasets.load_dataset(name, source.subset, split=source.split, streaming=True)
+        builder = datasets.load_dataset_builder(name, source.subset)
+        _require_plain_hub(source, builder)
+        rows = builder.as_streaming_dataset(split=source.split)
         for number, row in enumerate(rows):
             _require_column(source.path, source.column, row)
             yield from _checked(row[source.column], f"{source.path}:{number}", quarantine)
@@ -334,6 +383,21 @@ def _read_hub(source: Source, quarantine: Quarantine) -> Iterator[Document]:
         ) from error
 
 
+def _require_plain_hub(source: Source, builder: Any) -> None:
+    """Refuse a Hub dataset whose card has files read from elsewhere, such as this machine, or in an unsafe way."""
+    reader = type(builder).__module__.split(".")[-1]
+    own = f"hf://datasets/{source.path.removeprefix(HUB)}@"
+    listed = [file for files in (builder.config.data_files or {}).values() for file in files]
+    away = [file for file in listed if not file.startswith(own)]
+    if reader not in HUB_READERS or away:
+        raise DataError(
+            source.path,
+            found=f"the file {away[0]}" if away else f"rows that only the reader {reader!r} of `datasets` takes",
+            expected=f"{', '.join(sorted(HUB_READERS))} files in the dataset's own repository",
+            mend="Download its files, look at them, and name the folder.",
+        )
+
+
 def _checked(value: object, origin: str, quarantine: Quarantine) -> Iterator[Document]:
     """The document that a value makes, if it makes one."""
     if not isinstance(value, str | bytes):
@@ -343,13 +407,18 @@ def _checked(value: object, origin: str, quarantine: Quarantine) -> Iterator[Doc
         # A string can hold lone surrogates, which are no more text than broken bytes are.
         size = len(value.encode() if isinstance(value, str) else value)
         text = value.decode() if isinstance(value, bytes) else value
-    except UnicodeError:
-        quarantine.add(origin, "not UTF-8")
+    except UnicodeError as error:
+        quarantine.add(*_not_utf8(origin, error))
         return
     if size > MAX_DOCUMENT_BYTES:
         quarantine.add(origin, TOO_LONG)
         return
     yield Document(text, origin)
+
+
+def _not_utf8(place: str, error: UnicodeError) -> tuple[str, str]:
+    """Where in a document its bytes are no text, from 0, and that they are none."""
+    return f"{place} byte {error.start}" if isinstance(error, UnicodeDecodeError) else place, "not UTF-8"
 
 
 def _require_column(where: str, column: str, columns: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from espalier.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 # Merges settle long before this much text; more would only cost time.
 SAMPLE_BYTES = 20_000_000
+MAX_IDS = 10_000_000  # some ten times what the largest vocabularies have
 
 
 def choose(given: str | None, dataset: Dataset, vocab_size: int, *, home: Path, tell: Callable[[str], None]) -> Path:
@@ -75,6 +76,8 @@ def load(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise _unreadable(file, str(error)) from None
+    if (ids := id_count(tokenizer)) > MAX_IDS:
+        raise _unreadable(file, f"an id of {ids - 1:,}, to which arrays and the library would count")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -101,7 +104,7 @@ def eos_id(path: Path) -> int:
     where = path / "tokenizer_config.json"
     try:
         token = json.loads(_text(where)).get("eos_token")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise _unreadable(where, str(error)) from None
     content = token.get("content") if isinstance(token, dict) else token
     found = load(path).token_to_id(content) if isinstance(content, str) else None
@@ -117,7 +120,7 @@ def eos_id(path: Path) -> int:
 
 def id_count(tokenizer: Tokenizer) -> int:
     """How many rows an embedding needs: the largest id and one. Ids may have gaps."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -33,7 +33,7 @@ class TasksRecipe(AskRecipe):
     """Which tasks, and how they are put to the model.
 
     tasks         names of tasks and groups, patterns such as mmlu_*, YAML files, or items:FILE of our own items
-    include_path  folders of the user's YAML tasks
+    include_path  folders of the user's YAML tasks, which are programs: their !function tags and templates run
     num_fewshot   examples before a question, where the task doesn't forbid them; the task's own number if not stated
     template      "chat" writes questions as the model's template writes a conversation
     unsafe_code   whether tasks may run what the model writes

@@ -163,7 +163,7 @@ def fit(
         # The maps are computed once an update, whatever the number of forward passes.
         leaves = {f"model.{name}": weight.detach().requires_grad_() for name, weight in weights.items()}
         stated = lambda model, *batch: functional_call(loss, leaves, batch)  # noqa: B023, E731
-        mean = backward(model, batches(number), how.micro_rows, stated, device)
+        mean = sum(backward(model, batches(number), how.micro_rows, stated, device))
         made = [(weight, leaf.grad) for weight, leaf in zip(weights.values(), leaves.values(), strict=True)]
         made = [(weight, gradient) for weight, gradient in made if weight.requires_grad]  # others have no map
         torch.autograd.backward([weight for weight, _ in made], [gradient for _, gradient in made])

@@ -6,6 +6,7 @@ model grows by the operators that the later stage names, its optimizer state wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from espalier.data.stream import Stream
     from espalier.model.reshape import StdOf
     from espalier.run import Run
-    from espalier.train.checkpoint import Progress
+    from espalier.train.checkpoint import Progress, Saver
     from espalier.train.device import Device
     from espalier.train.loop import Ending, Meter, Moment, Objective, State
     from espalier.train.moments import Validate
@@ -197,20 +198,11 @@ class Outcome:
 
 
 def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
-    """Carry out a plan from its newest checkpoint, or from the start."""
-    from espalier.train import moments
-    from espalier.train.checkpoint import Saver
-    from espalier.train.loop import Meter
-
-    run, device = setting.run, setting.device
+    """Carry out a plan from its newest checkpoint, or from the start; after a spike again, from before it."""
     _require_growths_of_ranks(recipe, plan, setting)
-    device.prepare()
-    state = _resume(recipe, plan, setting)
-    if state is None:
-        run.world.led(lambda: _require_reserve(plan, setting))
-        state = _begin(recipe, plan, setting)
+    setting.device.prepare()
     pace = Pace(
-        run,
+        setting.run,
         plan,
         recipe.durations(),
         share=setting.share,
@@ -218,6 +210,22 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         end=setting.reserve,
         keep=setting.keep,
     )
+    while (outcome := _from_newest(recipe, pace, setting)) is None:
+        setting = replace(setting, changed=True)  # what was done in vain is missing at the end
+    return outcome
+
+
+def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome | None:
+    """Train from the newest checkpoint, or from the start, to the end; None after a spike that led back to another."""
+    from espalier.train import moments
+    from espalier.train.checkpoint import Saver
+    from espalier.train.loop import Meter
+
+    run, plan, device = setting.run, pace.plan, setting.device
+    state = _resume(recipe, plan, setting)
+    if state is None:
+        run.world.led(lambda: _require_reserve(plan, setting))
+        state = _begin(recipe, plan, setting)
     if state.progress.step:
         pace.adapt(state.progress, 1.0, changed=setting.changed)
     meter = Meter(run, setting.reserve)
@@ -268,9 +276,11 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
                     ending = "budget" if run.stop_signal is None else "signal"
                     break
                 state = grown
-            ending = _train(recipe, setting, state, pace, meter, (pace, log, validate, save, bar))
+            ending = _train(recipe, setting, state, pace, meter, saver, (pace, log, validate, save, bar))
             if ending != "done":
                 break
+    if ending == "spike":
+        return None
     if ending == "signal":
         save.now(state)
         return Outcome(state, ending)
@@ -279,7 +289,13 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
 
 
 def _train(
-    recipe: GrowthRecipe, setting: Setting, state: State, pace: Pace, meter: Meter, watched: Sequence[Moment]
+    recipe: GrowthRecipe,
+    setting: Setting,
+    state: State,
+    pace: Pace,
+    meter: Meter,
+    saver: Saver,
+    watched: Sequence[Moment],
 ) -> Ending:
     """Train to the end of the stage, a stretch at a time, and after each look at the pace."""
     from espalier.train.loop import Segment, train
@@ -295,6 +311,7 @@ def _train(
             flops_per_token=stage.flops_per_token,
             factor=_factor(recipe, pace.plan, number),
             level=_level(recipe, pace.plan, number),
+            spike_sigmas=math.inf if recipe.train.on_spike == "off" else recipe.train.spike_sigmas,
         )
         ending = train(
             state,
@@ -306,11 +323,41 @@ def _train(
             watched,
             setting.parallel,
         )
+        if ending == "spike" and not _goes_back(recipe, setting, saver, state.progress, stage.rows):
+            continue
         if ending != "done":
             return ending
         pace.look(state.progress)
         stage = pace.plan.stages[number]
     return "done"
+
+
+def _goes_back(recipe: GrowthRecipe, setting: Setting, saver: Saver, progress: Progress, rows: int) -> bool:
+    """Whether a spike at the latest step leads back to an earlier checkpoint, the newest from now on; told either way.
+
+    rows  samples of an update
+    """
+    from espalier.train import checkpoint, guards
+
+    run, remembered = setting.run, progress.guards
+    spike = f"Spike {remembered.sigmas:.1f} sigma at step {progress.step}"
+    path = None
+    if recipe.train.on_spike == "rewind" and remembered.rewinds < guards.MOST_REWINDS:
+        saver.finish()
+        path = checkpoint.newest(run.folder, run.tell, run.world, until=progress.step - guards.LEADING - 1)
+    if path is None:
+        run.log_metrics(step=progress.step, stage=progress.stage, spike=remembered.sigmas)
+        run.tell(f"{spike}; training goes on.")
+        return False
+    samples = progress.samples - (guards.LEADING + 1) * rows, progress.samples + guards.FOLLOWING * rows
+    earlier = checkpoint.pass_over(path, remembered, *samples, run.world)
+    run.charge("rewind", stage=progress.stage, step=progress.step)
+    run.log_metrics(
+        step=earlier.step, stage=earlier.stage, rewound_from=progress.step, spike=remembered.sigmas, skipped=samples
+    )
+    batches = f"{progress.step - guards.LEADING}-{progress.step + guards.FOLLOWING}"
+    run.tell(f"{spike}: rewound to {earlier.step}, skipping batches {batches}")
+    return True
 
 
 def _factor(recipe: GrowthRecipe, plan: Plan, number: int) -> Callable[[int], float]:
@@ -432,7 +479,7 @@ def _keep_stage(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
         state.model,
         tokenizer=setting.tokenizer,
         need_bytes=memory.folder_bytes(state.spec, "float32"),
-        also=lambda folder: run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=vars(progress))),
+        also=lambda folder: run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=progress.counts)),
         parallel=setting.parallel,
     )
     run.charge("checkpoint", stage=progress.stage, step=progress.step)
@@ -461,7 +508,7 @@ def _grow(
     layout = axes.discover(state.model.config.to_dict())
     seed = recipe.seed + number
     model = _grown_model(setting, state.model, growths, seed=seed, std_of=std_of)
-    progress = replace(state.progress, stage=number)
+    progress = replace(state.progress, stage=number, guards=state.progress.guards.anew())
     learns = operators.learns(growths)
     if learns:
         fitted = _fit(recipe, plan, setting, state.model, model, growths, progress)

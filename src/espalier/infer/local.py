@@ -13,8 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from espalier import units
 from espalier.budget import hardware
@@ -28,6 +27,7 @@ from espalier.infer.trees import Group, Tree, Window, batches, windows
 from espalier.ledger import Cost
 from espalier.model import build
 from espalier.run import Run
+from espalier.untrusted import load_tokenizer
 
 # Tokens of one pass: a CPU's caches hold the intermediate results of no more, a GPU wants many to be busy.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
@@ -110,7 +110,7 @@ class Local:
             )
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # templates raise what they like
             raise DataError(
                 "messages",
                 found=f"what the model's template refuses ({error})",
@@ -282,7 +282,9 @@ def _ends(passes: Passes, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def _tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     """The folder's own; `DataError` when it can't be read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        tokenizer = load_tokenizer(folder.path)
+    except ModelError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise _no_tokenizer(folder, f"none that can be read ({' '.join(str(error).split())[:200]})") from None
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx2
-import jinja2
 from pydantic import ValidationError
 
 from espalier import files, units
@@ -37,6 +36,7 @@ from espalier.infer.engine import Answer, Generate, Request, Score, require_unic
 from espalier.infer.recipe import EngineRecipe
 from espalier.ledger import Cost, Entry
 from espalier.run import Run
+from espalier.untrusted import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -179,7 +179,7 @@ class Remote:
             )
         try:
             text = writer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # templates raise what they like
             raise DataError(
                 "messages",
                 found=f"what the model's template refuses ({error})",
@@ -472,9 +472,7 @@ def _template(folder: Path | None) -> Any:
     """The transformers tokenizer of a folder with a chat template; None without one."""
     if folder is None:
         return None
-    from transformers import AutoTokenizer
-
-    writer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    writer = load_tokenizer(folder)
     return writer if writer.chat_template else None
 
 

@@ -14,12 +14,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from espalier.errors import ModelError
 from espalier.folder import ModelFolder
 from espalier.model.mup import Parametrization
+from espalier.model.shards import Weights
 from espalier.spec import ModelSpec
 
 transformers_logging.disable_progress_bar()
 
+# What families call their number of layers.
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -75,8 +79,47 @@ def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
 
 
 def load(folder: ModelFolder, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
-    """The model of a folder on the CPU, in fp32; "auto" keeps the dtype of its weights."""
-    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
+    """The model of a folder on the CPU, in fp32; "auto" keeps the dtype of its weights.
+
+    Runs no code and reads no pickle of the folder, whether or not it was opened with `ModelFolder.open`. `ModelError`
+    for weights whose headers don't describe them, that aren't the model's, or that transformers can't load.
+    """
+    _require_layers(folder, folder.config, len(Weights.open(folder).names))
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the library raises nothing narrower
+        raise _not_loaded(folder, " ".join(str(error).split())[:200]) from error
+    if told["missing_keys"]:
+        raise _not_loaded(folder, f"no weights for {', '.join(sorted(told['missing_keys']))[:200]}")
+    return model
+
+
+def _require_layers(folder: ModelFolder, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a config with more layers than the files have tensors, before a module is made for each."""
+    for key in LAYER_KEYS:
+        if isinstance(layers := config.get(key), int) and layers > tensors:
+            raise ModelError(
+                f"{folder.path}/config.json: {key}",
+                found=f"{layers} layers, and {tensors} tensors in the weight files",
+                expected="the model that the weights are of",
+                mend="Restore config.json, or the files that are missing.",
+            )
+
+
+def _not_loaded(folder: ModelFolder, found: str) -> ModelError:
+    return ModelError(
+        str(folder.path),
+        found=f"what transformers can't load ({found})",
+        expected="a config and the weights of one causal LM",
+        mend="Restore the folder from its source; an architecture that is newer needs a newer transformers.",
+    )
 
 
 def save(model: PreTrainedModel, path: Path, tokenizer: Path | None, weights: dict[str, Tensor] | None = None) -> None:

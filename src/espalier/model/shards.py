@@ -18,6 +18,7 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
@@ -153,6 +154,12 @@ class Weights:
             if file.readinto(_bytes_of(tensor)) != stored.bytes:
                 raise _damaged(stored.file, name, "a file that became shorter while it was read")
         return tensor
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; `ModelError` unless its header describes it exactly."""
+    _read_header(path)
+    return safetensors.torch.load_file(path)
 
 
 def write(

@@ -14,18 +14,19 @@ copy, from which a thread can write while training goes on.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import PreTrainedModel
@@ -34,7 +35,9 @@ from espalier import files
 from espalier.errors import RunError
 from espalier.folder import INDEX, ModelFolder
 from espalier.model import build, shards
+from espalier.model.shards import load_file
 from espalier.train.device import Device
+from espalier.train.guards import Guards
 from espalier.train.optim import State
 from espalier.train.parallel import ALONE, Parallel, empty, whole
 from espalier.world import World
@@ -49,13 +52,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps, samples drawn from the stream, tokens, model FLOPs, growth stage."""
+    """How far a run is: optimizer steps, place in the stream of samples, tokens, model FLOPs, growth stage; and what
+    its guards remember."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     stage: int = 0
+    guards: Guards = field(default_factory=Guards)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Progress:
+        return cls(**{**stored, "guards": Guards.from_json(stored["guards"])})
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """All of it but the guards."""
+        return {name: value for name, value in vars(self).items() if name != "guards"}
 
 
 @dataclass(frozen=True)
@@ -275,14 +289,17 @@ def list_steps(run_folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def newest(run_folder: Path, tell: Callable[[str], None], world: World | None = None) -> Path | None:
-    """The newest checkpoint that matches its manifest; says which ones it passed over. Ranks share the reading.
+def newest(
+    run_folder: Path, tell: Callable[[str], None], world: World | None = None, *, until: float = math.inf
+) -> Path | None:
+    """The newest checkpoint, no later than step `until`, that matches its manifest; says which ones it passed over.
+    Ranks share the reading.
 
     None when there is none at all; `RunError` when there are some and every one is damaged.
     """
     world = world or World()
     passed_over: list[str] = []
-    for step in world.told(list_steps(run_folder)):
+    for step in (step for step in world.told(list_steps(run_folder)) if step <= until):
         path = run_folder / f"checkpoint-{step}"
         found = world.gathered(files.damage(path, part=world.rank, parts=world.size))
         damage = next((damage for damage in found if damage), None)
@@ -304,7 +321,7 @@ def newest(run_folder: Path, tell: Callable[[str], None], world: World | None = 
 def load(path: Path, device: Device, parallel: Parallel = ALONE) -> tuple[PreTrainedModel, State, Progress]:
     """The placed model, optimizer state and progress of a checkpoint; sets torch's random state."""
     torch.set_rng_state(load_file(path / TRAINER / "random.safetensors")["torch"])
-    progress = Progress(**json.loads((path / TRAINER / "progress.json").read_text()))
+    progress = _progress(path)
     if parallel.mesh is None:
         model = build.load(ModelFolder(path))
         device.place(model)
@@ -358,3 +375,29 @@ def _by_parameter(flat: Mapping[str, Tensor]) -> State:
         name, _, key = flat_name.partition(SEPARATOR)
         state.setdefault(name, {})[key] = value
     return state
+
+
+def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | None = None) -> Progress:
+    """Make a checkpoint pass over samples [begin, end), and remember what `guards` do of rewinds; its progress.
+
+    Those of later steps are deleted. One rank does it.
+    """
+    world = world or World()
+    progress = world.together(lambda: _progress(path))
+    progress = replace(progress, guards=guards.back_to(progress.guards, begin, end))
+
+    def rewrite() -> None:
+        need = sum(file.stat().st_size for file in path.rglob("*"))
+        with files.whole_folder(path, need_bytes=need) as folder:
+            shutil.copytree(path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(files.MANIFEST))
+            files.write_json(folder / TRAINER / "progress.json", asdict(progress))
+        for step in list_steps(path.parent):
+            if step > progress.step:
+                shutil.rmtree(path.parent / f"checkpoint-{step}")
+
+    world.led(rewrite)
+    return progress
+
+
+def _progress(path: Path) -> Progress:
+    return Progress.from_json(json.loads((path / TRAINER / "progress.json").read_text()))

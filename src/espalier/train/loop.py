@@ -18,17 +18,17 @@ from transformers import PreTrainedModel
 
 from espalier import watch
 from espalier.data.stream import Batch, Stream
-from espalier.errors import NumericsError
 from espalier.ledger import Cost
 from espalier.run import Run
 from espalier.spec import ModelSpec
 from espalier.train.checkpoint import Progress
 from espalier.train.device import Device
+from espalier.train.guards import Broken, report
 from espalier.train.optim import Optimizer
 from espalier.train.parallel import ALONE, Pairs, Parallel, within
 
 Objective = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None], Tensor]
-Ending = Literal["done", "budget", "signal"]
+Ending = Literal["done", "budget", "signal", "spike"]
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Segment:
     rows, micro_rows  sequences of an update, and of one forward pass
     factor            of the learning rates
     level             of the masks that a growth has put on new slots, 1 where they are done with
+    spike_sigmas      how far out a loss is a spike
     """
 
     until_step: int
@@ -56,11 +57,15 @@ class Segment:
     flops_per_token: float
     factor: Callable[[int], float]
     level: Callable[[int], float] = lambda step: 1.0
+    spike_sigmas: float = math.inf
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one update was: mean loss (nats a token), gradient norm before clipping, rate factor, seconds."""
+    """What one update was: mean loss (nats a token), gradient norm before clipping, rate factor, seconds.
+
+    broken  why no update was made of it, where none was
+    """
 
     loss: float
     grad_norm: float
@@ -68,6 +73,7 @@ class Step:
     tokens: int
     flops: float
     seconds: float
+    broken: Broken | None = None
 
 
 Moment = Callable[[State, Step], None]
@@ -136,7 +142,10 @@ def train(
     moments: Sequence[Moment] = (),
     parallel: Parallel = ALONE,
 ) -> Ending:
-    """Train until the segment's last step, the budget or a signal; the state is always that of a finished step."""
+    """Train until the segment's last step, the budget, a signal or a spike; the state is that of a finished step.
+
+    `NumericsError` when one update after the other isn't finite.
+    """
     try:
         while state.progress.step < segment.until_step:
             if ending := meter.ended():
@@ -144,8 +153,12 @@ def train(
             step = update(state, stream, segment, objective, device, parallel)
             watch.beside(state.progress.step, "after the step")
             meter.count(state, step)
+            if step.broken:
+                report(meter.run, state.progress, step.broken)
             for moment in moments:
                 moment(state, step)
+            if state.progress.guards.sigmas > segment.spike_sigmas:
+                return "spike"
         return "done"
     finally:
         meter.flush(state)
@@ -154,32 +167,38 @@ def train(
 def update(
     state: State, stream: Stream, segment: Segment, objective: Objective, device: Device, parallel: Parallel = ALONE
 ) -> Step:
-    """One optimizer step. `NumericsError` before any weight changes if the loss or a gradient isn't finite."""
+    """One optimizer step; no weight changes if the loss or a gradient isn't finite."""
     begin = time.perf_counter()
     progress = state.progress
+    start = progress.guards.next_samples(progress.samples, segment.rows)
     micro_rows = min(segment.micro_rows, segment.rows // parallel.data_ranks)
     rank, ranks = parallel.data_rank, parallel.data_ranks
     watch.at(progress.step + 1, "reading data")
-    batch = stream.batch(progress.samples, segment.rows, rank=rank, ranks=ranks, together=micro_rows)
+    batch = stream.batch(start, segment.rows, rank=rank, ranks=ranks, together=micro_rows)
     factor = segment.factor(progress.step)
     state.optimizer.set_factor(factor)
     state.optimizer.set_level(segment.level(progress.step))
     watch.at(progress.step + 1, "forward and backward")
-    loss = backward(state.model, batch, micro_rows, objective, device, parallel)
+    losses = backward(state.model, batch, micro_rows, objective, device, parallel)
     watch.at(progress.step + 1, "optimizer")
-    grad_norm = float(state.optimizer.clip())
-    require_finite(loss, grad_norm, progress)
-    state.optimizer.step()
+    loss, grad_norm, broken = sum(losses), float(state.optimizer.clip()), None
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        state.optimizer.step()
+    else:
+        rows = stream.order(start, segment.rows)
+        broken = Broken(rows.tolist(), stream.take(rows), micro_rows, losses, state.optimizer.norms(), ranks)
+        state.optimizer.discard()
     tokens = segment.rows * stream.sequence_length
     flops = tokens * segment.flops_per_token
     state.progress = replace(
         progress,
         step=progress.step + 1,
-        samples=progress.samples + segment.rows,
+        samples=start + segment.rows,
         tokens=progress.tokens + tokens,
         flops=progress.flops + flops,
+        guards=progress.guards.after(loss, finite=broken is None, limit=segment.spike_sigmas),
     )
-    return Step(loss, grad_norm, factor, tokens, flops, time.perf_counter() - begin)
+    return Step(loss, grad_norm, factor, tokens, flops, time.perf_counter() - begin, broken)
 
 
 def backward(
@@ -189,10 +208,10 @@ def backward(
     objective: Objective,
     device: Device,
     parallel: Parallel = ALONE,
-) -> float:
-    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the mean loss.
+) -> list[float]:
+    """Accumulate the gradients of the batch's mean loss, `micro_rows` sequences at a time; the share of each in it.
 
-    batch  this rank's rows; the loss is the mean over all ranks' labels
+    batch  this rank's rows; the loss is the mean over all ranks' labels, and the shares are those of all
     """
     labelled = sum(int(row[0]) for row in parallel.gathered(int((batch.labels >= 0).sum())))
     gradients = Pairs([weight for weight in model.parameters() if weight.requires_grad])
@@ -205,16 +224,4 @@ def backward(
         losses.append(loss.detach())
         gradients.add(last=begin + micro_rows >= len(batch.input_ids))
     rounds = zip(*parallel.gathered(*map(float, losses)), strict=True)
-    return sum(loss for ranks in rounds for loss in ranks)
-
-
-def require_finite(loss: float, grad_norm: float, progress: Progress) -> None:
-    """Refuse an update from numbers that aren't finite."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise NumericsError(
-        f"step {progress.step + 1} (samples from {progress.samples})",
-        found=f"loss {loss}, gradient norm {grad_norm}",
-        expected="finite numbers",
-        mend="No update was made; what was saved before is intact. Lower optimizer.learning_rate under another name.",
-    )
+    return [loss for ranks in rounds for loss in ranks]

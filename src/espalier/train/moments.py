@@ -14,12 +14,14 @@ from espalier.budget.plan import Plan
 from espalier.ledger import Cost
 from espalier.run import Run
 from espalier.train.checkpoint import Progress, Saver
+from espalier.train.guards import require_finite
 from espalier.train.loop import Meter, State, Step
 from espalier.train.validate import HeldOut
 
 
 class Log:
-    """A line in metrics.jsonl every `every` steps, under the field's keys; losses are means since the last line.
+    """A line in metrics.jsonl every `every` steps, under the field's keys; losses are means since the last line, of
+    updates that were made.
 
     peak_flops is the device's matmul peak (FLOP/s) for `mfu`; samples_per_epoch the rows of the training stream.
     """
@@ -30,8 +32,9 @@ class Log:
         self._steps: list[Step] = []
 
     def __call__(self, state: State, step: Step) -> None:
-        self._steps.append(step)
-        if state.progress.step % self.every:
+        if not step.broken:
+            self._steps.append(step)
+        if state.progress.step % self.every or not self._steps:
             return
         seconds = sum(s.seconds for s in self._steps)
         flops = sum(s.flops for s in self._steps)
@@ -40,7 +43,7 @@ class Log:
             step=progress.step,
             stage=progress.stage,
             loss=sum(s.loss for s in self._steps) / len(self._steps),
-            grad_norm=step.grad_norm,
+            grad_norm=self._steps[-1].grad_norm,
             learning_rate=self.learning_rate * step.factor,
             epoch=progress.samples / self.samples_per_epoch,
             num_tokens=progress.tokens,
@@ -69,7 +72,10 @@ class Validate:
             self.now(state)
 
     def now(self, state: State) -> HeldOut:
-        """Evaluate and log, whatever the step; once for a state, however often it is asked for."""
+        """Evaluate and log, whatever the step; once for a state, however often it is asked for.
+
+        `NumericsError` if the loss isn't finite.
+        """
         progress = state.progress
         if self._taken and self._taken[0] == progress:
             return self._taken[1]
@@ -77,6 +83,7 @@ class Validate:
         watch.at(progress.step, "evaluating")
         result = self.held_out(state)
         watch.beside(progress.step, "after the evaluation")
+        require_finite(result.loss, progress.step)
         self._taken = progress, result
         self.run.charge(
             "evaluate", flops=result.tokens * self.flops_per_token, stage=progress.stage, step=progress.step

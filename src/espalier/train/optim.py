@@ -16,7 +16,7 @@ from espalier.model.mup import Parametrization, role
 from espalier.spec import ModelSpec
 from espalier.train.masks import Masks, Slots
 from espalier.train.muon import Muon
-from espalier.train.parallel import ALONE, Parallel, gradient_norm, local, part
+from espalier.train.parallel import ALONE, Parallel, gradient_norm, local, part, whole
 from espalier.train.recipe import OptimizerRecipe
 
 # A quantity beside the optimizer's own: what a masked weight is without its mask.
@@ -88,12 +88,13 @@ class Optimizer:
             group["lr"] = group["peak"] * factor
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to `max_grad_norm` together; their norm before (a scalar)."""
+        """Scale the gradients down to `max_grad_norm` together, where it's finite; their norm before (a scalar)."""
         if self.masks:
             self.masks.scale_gradients()
         gradients = [weight.grad for weight in self.names if weight.grad is not None]
         norm = gradient_norm(gradients, self.parallel)
         scale = (self.recipe.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        scale = torch.where(norm.isfinite(), scale, 1.0)
         torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
         return norm
 
@@ -102,7 +103,18 @@ class Optimizer:
         with self.masks.lifted() if self.masks else contextlib.nullcontext():
             for part in self.parts:
                 part.step()
-                part.zero_grad(set_to_none=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradients; no weight changes."""
+        for optimizer in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+
+    def norms(self) -> dict[str, float]:
+        """Of each parameter's gradient."""
+        return {
+            name: float(whole(weight.grad).norm()) for weight, name in self.names.items() if weight.grad is not None
+        }
 
     def state(self) -> State:
         """{parameter: {quantity: tensor}}, the live tensors; empty before the first step."""

@@ -127,6 +127,9 @@ class TrainRecipe(Recipe):
     bf16                         "auto" uses bfloat16 matmuls where they were measured to be faster
     recompute                    "layers" keeps only the layers' inputs and computes the rest again in the backward
                                  pass (gradient checkpointing): less memory, some 30% more FLOPs
+    on_spike                     what follows a loss far above the latest ones: "rewind" goes back to a checkpoint
+                                 before it and passes over the batches that led to it
+    spike_sigmas                 how far, in robust standard deviations
     """
 
     batch_tokens: int = Field(default=8192, gt=0)
@@ -143,6 +146,8 @@ class TrainRecipe(Recipe):
     bf16: Literal["auto", "on", "off"] = "auto"
     recompute: Literal["none", "layers"] = "none"
     parallel: ParallelRecipe = ParallelRecipe()
+    on_spike: Literal["tell", "rewind", "off"] = "tell"
+    spike_sigmas: float = Field(default=7.0, gt=0)
     threads: int | None = Field(default=None, gt=0, description="CPU threads; the cores that are free, if not stated")
 
 

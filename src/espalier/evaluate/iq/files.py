@@ -164,7 +164,7 @@ def _rows(kind: Rows, path: Path) -> list[tuple[Texts, str]]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             _refuse(where, "no JSON", "a JSON object")
         label = str(_field(row, "label", where)).lower()
         if kind.unsure and label == kind.unsure:

@@ -1,0 +1,95 @@
+"""What files of others may not ask for, wherever in a file they do, and what rows of theirs are."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from espalier import untrusted
+from espalier.errors import ModelError
+from espalier.untrusted import CONFIGS, REFUSED, json_object, leads_outside, read_json, require_plain
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return lambda: tmp_path_factory.mktemp("model")
+
+
+def nested(key, value, depth):
+    """The key, some mappings and lists down."""
+    for level in range(depth):
+        key, value = f"inner{level}", [{key: value}] if level % 2 else {key: value}
+    return {"model_type": "granite", key: value}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+@given(depth=st.integers(0, 200), name=st.sampled_from(CONFIGS))
+def test_a_key_that_asks_for_more_is_refused_at_every_depth_and_by_its_place(place, key, depth, name):
+    folder = place()
+    (folder / name).write_text(json.dumps(nested(key, "x", depth)))
+    with pytest.raises(ModelError) as refused:
+        require_plain(folder)
+    assert refused.value.where.startswith(f"{folder / name}: ") and refused.value.where.endswith(key)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize("kernel", ["owner/name", "owner/name@main:f", {"": "owner/name"}, ["sdpa", "owner/name"]])
+def test_code_from_the_hub_is_refused_and_what_transformers_has_is_not(tmp_path, key, kernel):
+    (tmp_path / "config.json").write_text(json.dumps({key: kernel}))
+    with pytest.raises(ModelError, match="fetched from the Hub"):
+        require_plain(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({key: "eager"}))
+    require_plain(tmp_path)
+
+
+def test_a_class_that_transformers_has_is_named_where_code_was_asked_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "auto_map": {}}))
+    with pytest.raises(ModelError, match=r"Phi3ForCausalLM.*remove auto_map"):
+        require_plain(tmp_path)
+
+
+@given(VALUES)
+def test_what_asks_for_nothing_is_taken(place, value):
+    folder = place()
+    (folder / "config.json").write_text(json.dumps({"value": value, "quantization_config": None}))
+    require_plain(folder)
+
+
+@pytest.mark.parametrize("name", ["/a", "../a", "a/../../b", "a/.."])
+def test_a_name_that_leads_outside(name):
+    assert leads_outside(name)
+    assert not leads_outside(name.replace("..", "x").lstrip("/"))
+
+
+def test_a_file_is_not_read_at_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted, "MAX_JSON_BYTES", 20)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+    (tmp_path / "config.json").write_text('{"a": 1}' + " " * 20)
+    with pytest.raises(ModelError, match="larger"):
+        read_json(tmp_path / "config.json")
+
+
+@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), VALUES))
+def test_a_row_is_what_json_says_unless_a_key_comes_twice(row):
+    line = json.dumps(row).encode()
+    assert json_object(line) == row
+    if row:
+        first = json.dumps(row).removeprefix("{").removesuffix("}")
+        with pytest.raises(ValueError, match="a key twice"):
+            json_object(f"{{{first}, {first}}}".encode())
+
+
+@given(st.binary())
+def test_a_line_is_a_row_or_no_row(line):
+    try:
+        assert isinstance(json_object(line), dict)
+    except ValueError as error:
+        assert str(error)
