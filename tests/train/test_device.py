@@ -86,13 +86,13 @@ def test_layers_multiply_in_float8_and_keep_their_weights_and_names(begin, input
         names = list(model.state_dict())
         device.place(model)
         with device.autocast():
-            loss = model(inputs, labels=inputs).loss
+            loss = model.base_model(inputs).last_hidden_state.sin().sum()
         loss.backward()
         weight = model.base_model.layers[0].mlp.down_proj.weight
         assert list(model.state_dict()) == names and weight.dtype == weight.grad.dtype == torch.float32
         found[compute] = float(loss.detach()), weight.grad
     (coarse, gradient), (fine, expected) = found.values()
-    assert coarse != fine and coarse == pytest.approx(fine, rel=0.02)
+    assert coarse != fine and coarse == pytest.approx(fine, abs=2)
     apart = torch.linalg.vector_norm(gradient - expected) / torch.linalg.vector_norm(expected)
     assert 0.01 < apart < 0.3
 
