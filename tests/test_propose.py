@@ -147,7 +147,10 @@ def test_reasons_stand_above_the_recipe_and_on_the_page(tmp_path):
 
 @pytest.mark.parametrize(
     "more, word",
-    [({}, "espalier launch slurm {} --hardware h100-80g"), ({"devices": 8}, "espalier launch slurm {} --hardware h100-80g --devices 8 --nodes 1")],
+    [
+        ({}, "espalier launch slurm {} --hardware h100-80g"),
+        ({"devices": 8}, "espalier launch slurm {} --hardware h100-80g --devices 8 --nodes 1"),
+    ],
     ids=["one", "several"],
 )
 def test_what_carries_the_plan_out_is_told_last(tmp_path, more, word):
