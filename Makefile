@@ -1,13 +1,14 @@
 # make demo   grow a small model on this machine, in minutes, and open its page by the path that is printed
 # make test   lint, types, floors and tests
-# Both make .venv and install what they need, once per change of pyproject.toml.
+# make faults  what a run is promised to survive, done to it and counted; writes docs/reliability.md
+# They make .venv and install what they need, once per change of pyproject.toml.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint faults clean
 
 # Exit code 10: the budget was spent, and the model and its page are there.
 demo: $(VENV)/.installed
@@ -20,6 +21,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m faults
 
 clean:
 	rm -rf $(VENV) runs

@@ -100,7 +100,7 @@ def planted(setting: Setting) -> Row:
         changed += len(whole ^ resumed)
     return Row(
         "G7",
-        f"{PLANTED * SEEDS} spikes of 12 to 30 times the noise in {SEEDS * STEPS} losses: found, false, other after resume",
+        f"{PLANTED * SEEDS} spikes of 12 to 30 times the noise in {SEEDS * STEPS} losses: found, false, changed",
         f"{found} / {false} / {changed}",
         f"{PLANTED * SEEDS} / at most {SEEDS * STEPS // 10_000} / 0",
         found == PLANTED * SEEDS and false <= SEEDS * STEPS // 10_000 and not changed,

@@ -80,6 +80,7 @@ class Cluster:
         environment = os.environ | {
             "PATH": f"{self.tools}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "42",
+            "SLURM_JOB_NODELIST": "n[3-4]",
             "SLURM_RESTART_COUNT": str(restarts),
             "HF_HUB_OFFLINE": "1",
         }
@@ -236,10 +237,43 @@ def test_without_a_limit_of_time_the_stages_are_estimated(job):
         job("stages.0.duration=50%", "stages.1.duration=50%")
 
 
-def test_more_than_one_device_is_refused(job):
-    for more in ({"devices": 8}, {"nodes": 2}, {"devices": 0}):
-        with pytest.raises(RecipeError, match=r"expected one device.*isn't there yet"):
-            job(**more)
+def test_several_devices_cost_more_a_second_and_take_less_time(job):
+    one, four = job("budget.flops=1e18"), job("budget.flops=1e18", devices=2, nodes=2)
+    assert four.seconds == pytest.approx(one.seconds / 4) and four.usd == pytest.approx(one.usd)
+    assert job("budget.usd=8", devices=4).seconds == pytest.approx(job("budget.usd=8").seconds / 4)
+    assert (four.cpus, four.processes, four.nodes) == (2 * one.cpus, 2, 2)
+
+
+def test_what_does_not_fit_one_device_may_fit_several(job):
+    large = ("stages.1.hidden_size=2048", "stages.1.num_hidden_layers=48")
+    with pytest.raises(BudgetError, match="memory"):
+        job(*large, key="t4")
+    with pytest.raises(BudgetError, match="each of 2 processes"):
+        job(*large, key="t4", devices=2)
+    assert job(*large, key="t4", devices=4).ranks == job(*large, key="t4", devices=2, nodes=2).ranks == 4
+
+
+def test_rows_that_cannot_be_dealt_out_are_refused(job):
+    with pytest.raises(RecipeError, match="a multiple of 3"):
+        job(devices=3)
+    with pytest.raises(RecipeError, match="--nodes"):
+        job(key="epyc-9654", devices=2)
+
+
+@pytest.mark.parametrize("devices, nodes", [(4, 1), (1, 2), (2, 2)])
+def test_every_node_starts_its_processes_and_knows_where_to_meet(cluster, job, tmp_path, devices, nodes):
+    one = job(devices=devices, nodes=nodes)
+    text = script(one, tmp_path, restarts=5, notice=120)
+    stated = directives(text)
+    assert stated["nodes"] == str(nodes) and stated["ntasks-per-node"] == "1" and stated["gres"] == f"gpu:{devices}"
+    hosts = '[ "$1 $2 $3" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"'
+    executable(cluster.tools / "scontrol", hosts)
+    executable(cluster.tools / "espalier", f'printf "%s\\n" "$@" > {tmp_path}/said; exit 10')
+    assert cluster.start(text, restarts=2).wait(10) == 0
+    meeting = ["--nodes", "2", "--meet", "n3:20042", "--job", "42-2"] if nodes > 1 else []
+    file = str(tmp_path / "tiny.recipe.yaml")
+    said = ["launch", "here", file, "--runs", str(tmp_path), "--processes", str(devices), *meeting]
+    assert (tmp_path / "said").read_text().splitlines() == [*said, "--max-restarts", "5", "--grace", "120"]
 
 
 def test_what_cannot_run_there_is_refused(job):
@@ -306,6 +340,19 @@ def test_the_task_runs_and_says_how_it_ended(cloud_job, tmp_path, code, ended):
     done = subprocess.run(["bash", "-c", task["run"]], env=environment, capture_output=True, text=True)
     assert done.returncode == ended
     assert done.stdout.split() == ["run", "/home/sky/tiny.recipe.yaml", "--runs", "/espalier/runs"]
+
+
+def test_the_machines_of_a_task_meet_at_the_first(cloud_job, tmp_path):
+    two = cloud_job(devices=2, nodes=2)
+    with pytest.raises(RecipeError, match="a volume that all machines share"):
+        launch.skypilot(two, tmp_path, storage=STORAGE)
+    task = yaml.safe_load(launch.skypilot(two, tmp_path, storage="my-volume"))
+    assert task["num_nodes"] == 2 and task["resources"]["accelerators"] == "H100:2"
+    executable(tmp_path / "tools" / "espalier", 'echo "$@"\nexit 10')
+    path = {"PATH": f"{tmp_path}/tools:{os.environ['PATH']}", "HOME": "/home/sky"}
+    cloud = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8", "SKYPILOT_TASK_ID": "sky-1"}
+    done = subprocess.run(["bash", "-c", task["run"]], env=os.environ | path | cloud, capture_output=True, text=True)
+    assert done.returncode == 0 and "--processes 2 --nodes 2 --meet 10.0.0.7:29500 --job sky-1" in done.stdout
 
 
 def test_a_volume_is_mounted_where_a_bucket_would_be(cloud_job, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -91,6 +92,13 @@ def test_a_line_that_is_no_entry_is_refused_by_its_number(tmp_path, line):
     with pytest.raises(RunError) as refused:
         Ledger(path)
     assert refused.value.where == f"{path}:2"
+
+
+def test_an_entry_is_on_the_disk_when_it_has_been_added(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_size))
+    Ledger(tmp_path / "ledger.jsonl").add(Entry("train", Cost(tokens=1.0)))
+    assert flushed == [(tmp_path / "ledger.jsonl").stat().st_size]
 
 
 def test_an_amount_that_is_no_number_is_not_entered(tmp_path):

@@ -9,7 +9,7 @@ from espalier import planner
 from espalier.budget import flops
 from espalier.budget.hardware import Hardware
 from espalier.budget.memory import of_one_device
-from espalier.errors import BudgetError
+from espalier.errors import BudgetError, ResourceError
 from espalier.ledger import Rates
 from espalier.planner import Machine, PlannedRecipe
 from espalier.recipe import parse
@@ -133,3 +133,8 @@ def test_nothing_is_tried_before_the_refusal(monkeypatch, make_run):
     small = Machine(replace(ROOMY, memory_bytes=10**9), Rates())
     with pytest.raises(BudgetError, match="memory"):
         planner.settle(read(), small, make_run())
+
+
+def test_float8_is_refused_where_it_would_be_emulated(make_run):
+    with pytest.raises(ResourceError, match="a GPU of at least 8.9"):
+        planner.settle(read("train.fp8=on"), Machine(ROOMY, Rates()), make_run())

@@ -41,6 +41,7 @@ BOUNDED = {
     ("infer/remote.py", "result"): "the task is done",
     ("infer/remote.py", "exception"): "the task is done",
     ("model/shards.py", "result"): "writes a piece of a file, or hashes it",
+    ("torchrun.py", "wait"): "lasts as long as the run, whose ranks watch each other",
 }
 
 

@@ -1,8 +1,9 @@
 """Launch: a recipe as a job of somebody else's machines: a batch script for Slurm, a task for SkyPilot.
 
-Both keep the run folder where the next attempt finds it and goes on from the newest checkpoint; a spent budget is the
-end of a run that left its model, and no failure. The resolved recipe lies beside the job as `NAME.recipe.yaml`, so
-that editing the first one changes nothing that is under way.
+A job of several devices calls `espalier launch here` on each machine, which starts a process for each device. Jobs keep
+the run folder where the next attempt finds it and goes on from the newest checkpoint; a spent budget is the end of a
+run that left its model, and no failure. The resolved recipe lies beside the job as `NAME.recipe.yaml`, so that editing
+the first one changes nothing that is under way.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
-from espalier import errors, files, planner, recipe, units
-from espalier.budget import hardware
+from espalier import errors, files, planner, recipe, torchrun, units
+from espalier.budget import hardware, memory, parallel
 from espalier.budget.hardware import Hardware
+from espalier.budget.parallel import Layout, Update
 from espalier.data.sources import HUB, STDLIB
 from espalier.errors import BudgetError, RecipeError
 from espalier.pipeline import PretrainRecipe
@@ -31,6 +33,8 @@ CPUS_BESIDE_A_GPU = 8
 EARLY = 60
 # Where a SkyPilot machine has the storage that outlives it.
 STORAGE = "/espalier"
+# How often the processes on a SkyPilot machine are started again, and seconds in which they may save.
+RESTARTS, GRACE = 3, 60
 # SkyPilot's names for the rows of the catalogue, where it has one for just that GPU.
 ACCELERATORS = {
     "a10": "A10",
@@ -56,14 +60,17 @@ ACCELERATORS = {
 class Job:
     """A run, the machine that it is to have, and how Espalier is called there.
 
-    key       the machine's key in the catalogue
-    seconds   what the run takes by its `basis`
-    basis     "budget", at whose end it stops, or "estimated", from its stages, where the budget doesn't limit time
-    usd       what so long costs
-    cpus      cores
-    memory    GB of RAM
-    setup     shell commands that make Espalier ready, "" for none
-    command   what calls it
+    key        the machine's key in the catalogue
+    row        all machines together
+    seconds    what the run takes by its `basis`
+    basis      "budget", at whose end it stops, or "estimated", from its stages, where the budget doesn't limit time
+    usd        what so long costs
+    cpus       cores of each machine
+    memory     GB of RAM of each machine
+    setup      shell commands that make Espalier ready, "" for none
+    command    what calls it
+    processes  of each machine
+    nodes      machines
     """
 
     recipe: PretrainRecipe
@@ -76,6 +83,8 @@ class Job:
     memory: int
     setup: str
     command: str
+    processes: int
+    nodes: int
 
     @classmethod
     def of(
@@ -90,15 +99,28 @@ class Job:
         cpus: int | None = None,
         memory: int | None = None,
     ) -> Job:
-        """Price a recipe on a row of the catalogue; what can't be trained there is refused.
+        """Price a recipe on machines of a row of the catalogue; what can't be trained there is refused.
 
+        Each device has a process, which beside others holds its part of the model; a machine of processors is one.
         BudgetError when a stage doesn't fit the memory, or when neither the budget nor the stages say how long the
         run may take.
         """
-        _require_one(devices, nodes)
-        row = _machine(hardware.named(key, home=files.home()), cpus, memory)
+        row = hardware.named(key, home=files.home())
+        if row.kind == "cpu" and devices > 1:
+            raise RecipeError(
+                "--devices",
+                found=f"{devices} of {row.name}, which works as one",
+                expected="1",
+                mend="State --nodes for more machines.",
+            )
+        one = _machine(row, cpus, memory)
+        ranks = devices * nodes
+        row = one.part(ranks)
         machine = planner.at_prices(resolved, row)
-        planner.require_memory(resolved, row)
+        if ranks == 1:
+            planner.require_memory(resolved, row)
+        else:
+            _require_share(resolved, one, ranks)
         estimated = planner.estimate(resolved, machine).total.seconds
         share = resolved.budget.cap().share_spent(machine.rates.cost(1.0))
         seconds = 1 / share if share else estimated
@@ -109,17 +131,40 @@ class Job:
             seconds=seconds,
             basis="budget" if share else "estimated",
             usd=machine.rates.cost(seconds).usd,
-            cpus=cpus or (row.count if row.kind == "cpu" else CPUS_BESIDE_A_GPU),
-            memory=memory or math.ceil((planner.most_memory(resolved) + PREPARING) / 1e9),
+            cpus=cpus or (one.count if one.kind == "cpu" else CPUS_BESIDE_A_GPU * devices),
+            memory=memory or math.ceil((max(_shares(resolved, ranks, one)) * devices + PREPARING) / 1e9),
             setup=setup,
             command=command,
+            processes=devices,
+            nodes=nodes,
         )
 
     def told(self) -> str:
         """The job in a line."""
         limit = "at most, by its budget" if self.basis == "budget" else "estimated"
         cost = f"{units.duration(self.seconds)} and {units.money(self.usd)}"
-        return f"{self.recipe.name} on {self.row.name}: {cost} {limit}"
+        devices = f"{self.ranks} × " if self.ranks > 1 else ""
+        return f"{self.recipe.name} on {devices}{self.row.name}: {cost} {limit}"
+
+    @property
+    def ranks(self) -> int:
+        """Processes of all machines."""
+        return self.processes * self.nodes
+
+    def calls(self, recipe_file: str, runs: str, *, meet: str, job: str, restarts: int, grace: int) -> str:
+        """What each machine calls, in a shell: the run itself, or what starts the run's processes there.
+
+        The texts are quoted already; `meet` and `job` as in `torchrun.Start`.
+        """
+        if self.ranks == 1:
+            return f"{self.command} run {recipe_file} --runs {runs}"
+        several = f"--processes {self.processes}"
+        if self.nodes > 1:
+            several += f" --nodes {self.nodes} --meet {meet} --job {job}"
+        return (
+            f"{self.command} launch here {recipe_file} --runs {runs} {several} "
+            f"--max-restarts {restarts} --grace {grace}"
+        )
 
     def write(self, folder: Path, suffix: str, text: str) -> Path:
         """Put the job's file and its recipe into `folder`; the path of the file."""
@@ -143,6 +188,41 @@ def _machine(row: Hardware, cpus: int | None, memory: int | None) -> Hardware:
     return replace(row, memory_bytes=round(memory * 1e9)) if memory else row
 
 
+def _shares(resolved: PretrainRecipe, ranks: int, device: Hardware) -> list[int]:
+    """Bytes that a process holds at each stage, of so many that divide the weights and the rows between them."""
+    if ranks == 1:
+        return [planner.most_memory(resolved)]
+    micro_rows = min(resolved.micro_rows, max(resolved.rows // ranks, 1))
+    update = Update(
+        ranks * micro_rows,  # a micro-batch each: more of them hold no more
+        micro_rows,
+        resolved.data.sequence_length,
+        "float32" if resolved.train.bf16 == "off" else hardware.compute_dtype(device),
+        resolved.train.recompute,
+    )
+    layout = Layout(data=ranks, sharding="full")
+    return [memory.FRAMEWORK + parallel.rank_memory(spec, layout, update).total for spec in resolved.specs()]
+
+
+def _require_share(resolved: PretrainRecipe, device: Hardware, ranks: int) -> None:
+    """Refuse rows that can't be dealt out to so many processes, and a stage of which a process can't hold its part."""
+    if resolved.rows % ranks:
+        raise RecipeError(
+            "train.batch_tokens",
+            found=f"{resolved.rows} rows an update for {ranks} processes",
+            expected=f"a multiple of {ranks}",
+            mend="Change train.batch_tokens, --devices or --nodes.",
+        )
+    shares, room = _shares(resolved, ranks, device), memory.of_one_device(device)
+    if max(shares) > room:
+        raise BudgetError(
+            f"stage {shares.index(max(shares)) + 1}: memory",
+            found=f"{units.si(max(shares), 'B')} at its most for each of {ranks} processes",
+            expected=f"at most {units.si(room, 'B')}, what one of {device.name} has",
+            mend="Raise --devices or --nodes, set train.per_device_train_batch_size=1 or train.recompute=layers.",
+        )
+
+
 def slurm(
     job: Job,
     folder: Path,
@@ -160,7 +240,8 @@ def slurm(
 
     hours     time limit of one attempt; else what the run needs, with `margin` (a share) and `notice` on top
     notice    seconds before the limit at which the run is told to save
-    restarts  how often a run that was told to save goes on, in a new attempt of the same job
+    restarts  how often a run that was told to save goes on, in a new attempt of the same job; and, within an attempt,
+              how often the processes of several devices are started again after one of them failed
     gres      the GPU's name in the cluster: gpu for any, or gpu:TYPE
 
     The signal goes to the step that srun starts, not to the script: so only a run that saved because its time was up
@@ -171,11 +252,11 @@ def slurm(
     directives = {
         "job-name": name,
         "time": limit,
-        "nodes": 1,
-        "ntasks": 1,
+        "nodes": job.nodes,
+        "ntasks-per-node": 1,  # which starts the processes of its node
         "cpus-per-task": job.cpus,
         "mem": f"{job.memory}G",
-        "gres": f"{gres}:{job.row.count}" if job.row.kind == "cuda" else None,
+        "gres": f"{gres}:{job.processes}" if job.row.kind == "cuda" else None,
         "partition": partition,
         "account": account,
         "output": f"{runs}/{name}-%j.log",
@@ -184,6 +265,17 @@ def slurm(
     }
     stated = "\n".join(_directive(key, value) for key, value in directives.items() if value is not None)
     recipe_file, here = (shlex.quote(str(path)) for path in (job.recipe_file(folder.resolve()), Path.cwd()))
+    call = job.calls(
+        recipe_file,
+        shlex.quote(str(runs)),
+        meet='"$head:$port"',
+        job='"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
+        restarts=restarts,
+        grace=notice,
+    )
+    head = """head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000))
+"""
     return f"""#!/bin/bash
 # {job.told()}. Written by `espalier launch slurm`.
 {stated}
@@ -193,8 +285,8 @@ set -e
 cd {here}
 export PYTHONUNBUFFERED=1
 {job.setup}
-code=0
-srun --cpus-per-task={job.cpus} {job.command} run {recipe_file} --runs {shlex.quote(str(runs))} || code=$?
+{head if job.nodes > 1 else ""}code=0
+srun --cpus-per-task={job.cpus} {call} || code=$?
 case $code in
     {errors.EXIT_BUDGET_SPENT}) exit 0 ;; # the budget is spent, and the model is there
     {errors.EXIT_TERMINATED}) # told to save before the time limit
@@ -229,11 +321,20 @@ def skypilot(
     A machine that is lost is replaced by SkyPilot, and so is one on which the run was told to save.
     """
     _require_there(job.recipe, workdir)
+    _require_shared(job, storage)
     there = f"~/{job.recipe_file(folder).name}"
     bucket = "://" in storage
+    call = job.calls(
+        there,
+        f"{STORAGE}/runs",
+        meet=f'"$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{torchrun.PORT}"',
+        job='"$SKYPILOT_TASK_ID"',
+        restarts=RESTARTS,
+        grace=GRACE,
+    )
     resources: dict[str, Any] = {
         "infra": infra,
-        "accelerators": f"{_accelerator(job, accelerator)}:{job.row.count}" if job.row.kind == "cuda" else None,
+        "accelerators": f"{_accelerator(job, accelerator)}:{job.processes}" if job.row.kind == "cuda" else None,
         "cpus": f"{job.cpus}+",
         "memory": f"{job.memory}+",
         "use_spot": use_spot,
@@ -242,6 +343,7 @@ def skypilot(
     }
     task: dict[str, Any] = {
         "name": re.sub(r"[._-]+", "-", job.recipe.name).strip("-"),
+        "num_nodes": job.nodes if job.nodes > 1 else None,
         "workdir": str(workdir.resolve()) if workdir else None,
         "resources": _without_none(resources),
         "envs": {"PYTHONUNBUFFERED": "1"},
@@ -253,7 +355,7 @@ def skypilot(
         "volumes": None if bucket else {STORAGE: storage},
         "setup": job.setup,
         "run": f"""code=0
-{job.command} run {there} --runs {STORAGE}/runs || code=$?
+{call} || code=$?
 if [ $code -eq {errors.EXIT_BUDGET_SPENT} ]; then exit 0; fi # the budget is spent, and the model is there
 exit $code
 """,
@@ -321,16 +423,6 @@ def _directive(name: str, value: object) -> str:
     return f"#SBATCH --{name}={value}"
 
 
-def _require_one(devices: int, nodes: int) -> None:
-    if (devices, nodes) != (1, 1):
-        raise RecipeError(
-            "devices",
-            found=f"--nodes {nodes} --devices {devices}",
-            expected="one device: training on several processes isn't there yet",
-            mend="Leave --devices and --nodes out, and plan with devices=1.",
-        )
-
-
 def _accelerator(job: Job, stated: str | None) -> str:
     name = stated or ACCELERATORS.get(job.key)
     if name is None:
@@ -353,6 +445,17 @@ def _require_there(resolved: PretrainRecipe, workdir: Path | None) -> None:
                 expected="stdlib, hub:OWNER/NAME, or a path below --workdir, which is copied there",
                 mend="State --workdir FOLDER and name the path as seen from it.",
             )
+
+
+def _require_shared(job: Job, storage: str) -> None:
+    """Refuse a bucket that several machines would each see through a cache of their own."""
+    if job.nodes > 1 and "://" in storage:
+        raise RecipeError(
+            "--storage",
+            found=f"{storage}, a bucket, of which each of {job.nodes} machines sees its own cache",
+            expected="a volume that all machines share",
+            mend="Name a SkyPilot volume that many machines may write to, or take one machine.",
+        )
 
 
 def _local_files(resolved: PretrainRecipe) -> Iterable[str]:

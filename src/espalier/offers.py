@@ -278,9 +278,16 @@ def next_step(recipe: PlanRecipe, planned: Path) -> str:
     """What carries the plan out."""
     if recipe.hardware == HERE:
         return f"Carry it out with: espalier run {planned}"
+    launch = f"Carry it out with: espalier launch slurm {planned} --hardware {recipe.hardware}"
     if recipe.devices == 1:
-        return f"Carry it out with: espalier launch slurm {planned} --hardware {recipe.hardware} (or skypilot)"
-    return "Espalier trains on one device so far: of a plan for several it can't carry out more than a part."
+        return f"{launch} (or skypilot)"
+    per_node = recipe.links.per_node if recipe.links else Links.model_fields["per_node"].default
+    nodes = math.ceil(recipe.devices / per_node)
+    return (
+        f"{launch} --devices {recipe.devices // nodes} --nodes {nodes} (or skypilot)\n"
+        "Training shards the model fully over all devices, or as train.parallel says; it has no pipelines, so where "
+        "the layouts above have stages it takes another time than theirs."
+    )
 
 
 def report(name: str, offers: Sequence[Offer]) -> Report:

@@ -187,7 +187,7 @@ def _grow(resolved: PretrainRecipe, settled: Settled, text: Corpus, run: Run, pa
         evaluation=replace(evaluation, tokens=0.0),
         end=settled.machine.rates.cost(planner.EXPORT_SECONDS),
         share=resolved.budget.reserve,
-        peak_flops=settled.machine.hardware.peak_flops[device.compute],
+        peak_flops=settled.machine.hardware.peak_flops["float32" if device.compute == "float32" else "bfloat16"],
         terminal=sys.stdout.isatty() and run.world.leads,
         keep=lambda plan: run.world.led(lambda: replace(settled, plan=plan).keep(run)),
         parallel=parallel,

@@ -20,7 +20,7 @@ from espalier.budget.hardware import Hardware
 from espalier.budget.parallel import Layout, Update, rank_memory
 from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
 from espalier.data.prepare import DataRecipe
-from espalier.errors import BudgetError
+from espalier.errors import BudgetError, ResourceError
 from espalier.grow.progressive import GrowthRecipe
 from espalier.ledger import Cap, Cost, Rates
 from espalier.recipe import ByField
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 EXPORT_SECONDS = 5.0
 # What comes before training: the interpreter, probes that are cached, data that is packed (bench/2026-11-24-start).
 START_SECONDS = 8.0
+# The compute capability from which GPUs multiply in float8.
+FLOAT8_SINCE = (8, 9)
 # Compiling is tried when training takes longer than this many seconds without it.
 WORTH_A_TRIAL = 30.0
 
@@ -300,6 +302,9 @@ def _choose_compute(
 
     threads = recipe.train.threads or world.told(max(hardware.free_cores() // world.local_size, 1))
     device = Device(kind=here.hardware.kind, threads=threads, compute="float32", recompute=recipe.train.recompute)
+    if recipe.train.fp8 == "on":
+        _require_float8(device)
+        return replace(device, compute="float8")
     half = replace(device, compute="bfloat16")
     if recipe.train.bf16 == "off" or hardware.compute_dtype(here.hardware) == "float32":
         return half if recipe.train.bf16 == "on" else device
@@ -307,6 +312,19 @@ def _choose_compute(
         return half
     largest = recipe.specs()[-1:]
     return min((device, half), key=lambda candidate: _probe(recipe, candidate, largest, parallel)[0].per_token)
+
+
+def _require_float8(device: Device) -> None:
+    import torch
+
+    found = torch.cuda.get_device_capability() if device.kind == "cuda" else None
+    if found is None or found < FLOAT8_SINCE:
+        raise ResourceError(
+            "train.fp8",
+            found="a CPU" if found is None else f"a GPU of compute capability {found[0]}.{found[1]}",
+            expected=f"a GPU of at least {FLOAT8_SINCE[0]}.{FLOAT8_SINCE[1]}, which multiplies in float8",
+            mend="Leave train.fp8 out, or choose an L40S, an H100 or a newer one.",
+        )
 
 
 def _may_compile(recipe: PlannedRecipe, eager: Plan) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from espalier import errors
+from espalier import errors, torchrun
 from espalier.errors import RankError, ResourceError
 
 if TYPE_CHECKING:
@@ -530,7 +530,7 @@ def _kill_sibling(pid: int, host: str) -> None:
 
 def _exit(error: Exception) -> None:
     """End this process, whose work is stuck; if even telling so hangs, without telling."""
-    code = error.exit_code if isinstance(error, errors.UserError) else 1
+    code = torchrun.ended(error.exit_code if isinstance(error, errors.UserError) else 1)
     last = threading.Timer(GRACE, os._exit, (code,))
     last.daemon = True
     last.start()

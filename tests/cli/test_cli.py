@@ -138,7 +138,8 @@ def test_slurm_calls_the_espalier_that_wrote_the_script(cli, recipe_file, tmp_pa
     "more, code, said",
     [
         (("--hardware", "h1000"), 2, "Did you mean"),
-        (("--hardware", "t4", "--devices", "2"), 2, "isn't there yet"),
+        (("--hardware", "t4", "--devices", "3"), 2, "a multiple of 3"),
+        (("--hardware", "t4", "--devices", "0"), 2, "--devices"),
         (("--hardware", "t4", "stages.0.duration=10%"), 8, "no limit"),
         (("--hardware", "t4", "stages.1.hidden_size=abc"), 2, "stages.1.hidden_size"),
         (("--hardware", "t4", "--partition", "a b"), 2, "without spaces"),

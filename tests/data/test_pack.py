@@ -14,7 +14,7 @@ from espalier.data.pack import Tokens, tokenize
 from espalier.data.prepare import DataRecipe, prepare
 from espalier.data.tokenizer import END_OF_TEXT, load, train
 from espalier.dataset import Dataset
-from espalier.errors import DataError
+from espalier.errors import DataError, ResourceError
 
 
 class Killed(Exception):
@@ -183,3 +183,9 @@ def test_ids_above_65535_take_four_bytes(make, dataset, tokenizer_path, tmp_path
     wide = tokenize(dataset, "train", tmp_path, home=tmp_path, tell=str)
     assert wide.dtype == "<u4"
     assert np.array_equal(wide.read(0, len(wide)), make().read(0, len(wide)))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(make, tmp_path):
+    (tmp_path / "tokens").write_text("in the way")
+    with pytest.raises(ResourceError, match="tokens"):
+        make()

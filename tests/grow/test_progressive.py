@@ -421,6 +421,15 @@ def test_a_run_that_crashed_does_its_work_again_and_tells_it_once(carry_out, mak
     assert [line["step"] for line in lines if "growth" in line] == [6]
 
 
+def test_a_run_draws_by_its_seed_whatever_was_drawn_before_it_began(carry_out):
+    states = []
+    for drawn in (1, 5):
+        torch.rand(drawn)
+        carry_out(recipe_of(SMALL, steps=1))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def kept(recipe: GrowthRecipe) -> GrowthRecipe:
     """The recipe, with the model at the end of each stage kept."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"keep": "stages"})})

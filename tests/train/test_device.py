@@ -78,6 +78,25 @@ def test_products_run_in_the_compute_dtype_and_weights_stay_fp32(begin, inputs, 
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
+def test_layers_multiply_in_float8_and_keep_their_weights_and_names(begin, inputs):
+    """Emulated here: the rounding is float8's, the speed isn't."""
+    found = {}
+    for compute in ("float8", "bfloat16"):
+        device, model = Device(compute=compute), begin().model
+        names = list(model.state_dict())
+        device.place(model)
+        with device.autocast():
+            loss = model.base_model(inputs).last_hidden_state.sin().sum()
+        loss.backward()
+        weight = model.base_model.layers[0].mlp.down_proj.weight
+        assert list(model.state_dict()) == names and weight.dtype == weight.grad.dtype == torch.float32
+        found[compute] = float(loss.detach()), weight.grad
+    (coarse, gradient), (fine, expected) = found.values()
+    assert coarse != fine and coarse == pytest.approx(fine, abs=2)
+    apart = torch.linalg.vector_norm(gradient - expected) / torch.linalg.vector_norm(expected)
+    assert 0.01 < apart < 0.3
+
+
 def test_threads_are_those_of_the_plan():
     before = torch.get_num_threads()
     try:

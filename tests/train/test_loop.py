@@ -104,6 +104,20 @@ def test_every_token_and_flop_is_in_the_ledger_once(begin, stream, segment, devi
     assert len(run.ledger.entries) == 5 + 1 + 1
 
 
+def test_a_signal_that_comes_while_ranks_agree_is_heard_at_the_next_step(make_run):
+    run = make_run()
+    meter = Meter(run, Cost())
+    agreed = run.world.largest
+
+    def interrupted(*numbers: int) -> list[int]:
+        run.stop_signal = signal.SIGTERM
+        return agreed(*numbers)
+
+    run.world = SimpleNamespace(largest=interrupted)
+    assert meter.ended() is None
+    assert meter.ended() == "signal" and run.stop_signal == signal.SIGTERM
+
+
 @pytest.mark.parametrize("steps", [0, 1, 6])
 def test_a_budget_of_so_many_steps_gives_so_many(begin, stream, segment, device, make_run, weights, same, steps):
     enough, capped = begin(), begin()

@@ -121,6 +121,14 @@ def test_layers_that_are_recomputed_or_gathered_in_bfloat16_train(train, ranks):
     torch.testing.assert_close(torch.tensor(coarse), torch.tensor(exact), rtol=0.05, atol=0.0)
 
 
+def test_ranks_multiply_in_float8_alike(train, ranks):
+    def work(world: World) -> list:
+        return train(Parallel.over(world, ParallelRecipe(), "cpu"), 3, compute="float8")[1]
+
+    told = train(ALONE, 3, compute="float8")[1]
+    assert ranks(2, work) == [told] * 2
+
+
 def test_each_rank_holds_its_part_of_weights_gradients_and_moments(train, spec, ranks):
     def work(world: World) -> list:
         state, _ = train(Parallel.over(world, ParallelRecipe(), "cpu"), 1)

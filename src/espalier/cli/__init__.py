@@ -7,6 +7,7 @@ import sys
 
 def main() -> None:
     """Entry point of the `espalier` command."""
+    from espalier import torchrun
     from espalier.cli.app import run_app
 
-    sys.exit(run_app(sys.argv[1:]))
+    sys.exit(torchrun.ended(run_app(sys.argv[1:])))

@@ -1,4 +1,4 @@
-"""`espalier launch slurm` and `skypilot`: the files by which a cluster or a cloud carries out a recipe."""
+"""`espalier launch here`, `slurm` and `skypilot`: a recipe carried out by several processes, a cluster or a cloud."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from espalier import files, recipe
+from espalier import errors, files, recipe
 from espalier.cli.methods import Overrides, Runs
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file", show_default=False)]
 Key = Annotated[str, typer.Option("--hardware", help="Row of the hardware catalogue.", show_default=False)]
-Devices = Annotated[int, typer.Option(help="Devices of each node.")]
-Nodes = Annotated[int, typer.Option(help="Machines.")]
+Devices = Annotated[int, typer.Option(min=1, help="Devices of each machine; each has a process.")]
+Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 Cpus = Annotated[int | None, typer.Option(min=1, help="Cores.", show_default="the row's, or 8 beside a GPU")]
 Memory = Annotated[int | None, typer.Option(min=1, help="GB of RAM.", show_default="what the run needs")]
 Out = Annotated[Path, typer.Option(help="Folder for the file and its recipe.")]
@@ -26,11 +26,51 @@ Out = Annotated[Path, typer.Option(help="Folder for the file and its recipe.")]
 
 def register(app: typer.Typer) -> None:
     launch = typer.Typer(
-        help="Write the file by which a cluster or a cloud carries out a recipe.", no_args_is_help=True
+        help="Start a recipe's processes, or write the file by which a cluster or a cloud does.", no_args_is_help=True
     )
+    launch.command("here")(here)
     launch.command("slurm")(slurm)
     launch.command("skypilot")(skypilot)
     app.add_typer(launch, name="launch")
+
+
+def here(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    *,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of this machine.", show_default=False)],
+    nodes: Nodes = 1,
+    meet: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the first machine.", show_default="none, for one machine")
+    ] = None,
+    job: Annotated[str, typer.Option(help="Name that the machines of one attempt share.")] = "espalier",
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often all start again after one failed.")] = 0,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds in which a run that is told to stop can save.")] = 300,
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print torchrun's command, and stop.")] = False,
+) -> None:
+    """Start a recipe's processes on this machine by torchrun; the same on every machine, if there are several.
+
+    The first one's output is shown, that of the others is kept in RUNS/NAME.ranks.
+    """
+    from espalier import torchrun
+
+    resolved = _resolved(recipe, overrides)
+    _require_meeting(nodes, meet)
+    start = torchrun.Start(
+        processes=processes,
+        nodes=nodes,
+        meet=meet,
+        job=job,
+        restarts=max_restarts,
+        grace=grace,
+        logs=runs / f"{resolved.name}.ranks",
+    )
+    arguments = ["run", str(recipe), *(overrides or []), "--runs", str(runs)]
+    if dry_run:
+        typer.echo(shlex.join(start.command(arguments)))
+        return
+    raise typer.Exit(torchrun.carry_out(start, arguments))
 
 
 def slurm(
@@ -144,6 +184,16 @@ def skypilot(
     )
     path = job.write(out, ".sky.yaml", task)
     typer.echo(f"{job.told()}\n{path}\nStart it with: sky jobs launch {shlex.quote(str(path))}")
+
+
+def _require_meeting(nodes: int, meet: str | None) -> None:
+    if nodes > 1 and meet is None:
+        raise errors.RecipeError(
+            "--meet",
+            found=f"nothing, with {nodes} machines",
+            expected="HOST:PORT of the first machine, the same on all",
+            mend="State --meet HOST:PORT, or leave --nodes out.",
+        )
 
 
 def _resolved(path: Path, overrides: list[str] | None) -> PretrainRecipe:

@@ -142,7 +142,8 @@ def tokenize(dataset: Dataset, split: str, tokenizer_path: Path, *, home: Path, 
     tokens = _kept(path, tell) or Tokens(path, dtype, eos_id)
     if tokens.complete:
         return tokens
-    path.mkdir(parents=True, exist_ok=True)
+    with files.disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
     tell(f"Tokenising {split}: {(dataset.bytes[split] - tokens.bytes) / 1e6:,.1f} MB of text.")
     texts = itertools.islice(dataset.texts(split), tokens.documents, None)
     for ids, documents, size in _encode(texts, tokenizer, eos_id, dtype):

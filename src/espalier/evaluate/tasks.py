@@ -70,7 +70,7 @@ def require_lm_eval() -> None:
     """Raise `ResourceError` where lm-eval isn't installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ResourceError(
-            "evaluate tasks", found="no lm_eval", expected="it installed", mend="pip install 'espalier[tasks]'"
+            "evaluate tasks", found="no lm_eval", expected="it installed", mend="Run pip install 'espalier[tasks]'."
         )
 
 

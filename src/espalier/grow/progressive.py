@@ -409,9 +409,12 @@ def _require_reserve(plan: Plan, setting: Setting) -> None:
 
 
 def _begin(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> State:
+    import torch
+
     from espalier.train.checkpoint import Progress
     from espalier.train.device import initial_model
 
+    torch.manual_seed(recipe.seed)  # whatever planning has drawn, which a run that is begun again doesn't repeat
     model = initial_model(
         plan.stages[0].spec,
         recipe.parametrization,

@@ -198,10 +198,10 @@ class Saver:
         beside = self.when == "beside"
         snapshot = Snapshot.of(model, optimizer_state, progress, self.parallel, copies=beside)
         write = partial(_with_disk_errors, path, need_bytes, lambda: snapshot.write(folder, self.tokenizer, world))
-        future: Future[dict[str, dict[str, Any]]] = self._threads.submit(write)
-        self._under_way = progress.step, folder, future
-        if not beside:
-            self.finish()
+        if beside:
+            self._under_way = progress.step, folder, self._threads.submit(write)
+        else:
+            self._put_in_place(progress.step, folder, write)
 
     def poll(self) -> None:
         """Finish a checkpoint that all ranks have written; for a call after every step, on all ranks."""
@@ -213,9 +213,13 @@ class Saver:
         if self._under_way is None:
             return
         (step, folder, future), self._under_way = self._under_way, None
+        self._put_in_place(step, folder, future.result)
+
+    def _put_in_place(self, step: int, folder: Path, written: Callable[[], dict[str, dict[str, Any]]]) -> None:
+        """Give the folder its manifest and its name once every rank has `written`; nothing is left of it otherwise."""
         world = self.parallel.world
         try:
-            entries = world.gathered(world.together(future.result))
+            entries = world.gathered(world.together(written))
             known = {name: entry for part in entries for name, entry in part.items()}
             world.led(lambda: self._commit(step, folder, known))
         except BaseException:
@@ -226,7 +230,7 @@ class Saver:
     def _commit(self, step: int, folder: Path, known: dict[str, dict[str, Any]]) -> None:
         with files.disk_errors(self._path(step)):
             files.put_in_place(self._path(step), folder, known)
-        self._prune(step)
+            self._prune(step)
 
     def _prune(self, step: int) -> None:
         """Delete what isn't kept. Those of later steps go too: a run that saves an earlier step resumed there because
@@ -391,9 +395,10 @@ def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | N
         with files.whole_folder(path, need_bytes=need) as folder:
             shutil.copytree(path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(files.MANIFEST))
             files.write_json(folder / TRAINER / "progress.json", asdict(progress))
-        for step in list_steps(path.parent):
-            if step > progress.step:
-                shutil.rmtree(path.parent / f"checkpoint-{step}")
+        with files.disk_errors(path.parent):
+            for step in list_steps(path.parent):
+                if step > progress.step:
+                    shutil.rmtree(path.parent / f"checkpoint-{step}")
 
     world.led(rewrite)
     return progress

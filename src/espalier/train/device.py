@@ -1,8 +1,8 @@
 """Where and how the arithmetic runs, decided once per run and kept in its plan: a resumed run does the same.
 
-Applied to a model from outside, in this order: device, attention, tensor parallel, recompute, compile, shards. Products
-are split before layers are wrapped; what is compiled is one layer's pass, recomputation included; weights are gathered
-and gradients sent around it, so that neither breaks a graph.
+Applied to a model from outside, in this order: device, attention, float8, tensor parallel, recompute, compile, shards.
+Products are changed and split before layers are wrapped; what is compiled is one layer's pass, recomputation included;
+weights are gathered and gradients sent around it, so that neither breaks a graph.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from espalier import files
 from espalier.data.stream import Batch
+from espalier.errors import ResourceError
 from espalier.model import build
 from espalier.model.mup import Parametrization
 from espalier.spec import ModelSpec
@@ -29,6 +30,7 @@ from espalier.train import attention  # noqa: F401 (registers causal_halves)
 from espalier.train.parallel import ALONE, Parallel, materialise
 
 Attention = Literal["sdpa", "eager", "causal_halves"]
+Compute = Literal["float8", "bfloat16", "float32"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Compiled kernels are kept for the next run; torch's own place for them doesn't outlive a restart.
@@ -58,14 +60,15 @@ class Device:
     """Where and how the arithmetic runs.
 
     threads    of the CPU
-    compute    dtype of the matmuls; weights stay fp32
+    compute    dtype of the matmuls; weights stay fp32. float8 is of the layers' products alone, through torchao; what
+               else autocast covers is bfloat16 then
     compile    whether layers are compiled
     recompute  whether layers keep their input alone and are computed again in the backward pass
     """
 
     kind: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
-    compute: Literal["bfloat16", "float32"] = "float32"
+    compute: Compute = "float32"
     compile: Literal["layers", "off"] = "off"
     attention: Attention = "sdpa"
     recompute: Literal["none", "layers"] = "none"
@@ -85,6 +88,8 @@ class Device:
         if model.device.type != "meta":
             model.to(self.kind)
         model.set_attn_implementation(self.attention)
+        if self.compute == "float8":
+            _in_float8(model, self.kind)
         parallel.divide(model)
         if self.recompute == "layers":
             for layer in model.base_model.layers:
@@ -122,8 +127,23 @@ class Device:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which forward passes run."""
-        dtype = getattr(torch, self.compute)
+        dtype = torch.float32 if self.compute == "float32" else torch.bfloat16
         return torch.autocast(self.kind, dtype=dtype, enabled=self.compute != "float32")
+
+
+def _in_float8(model: PreTrainedModel, kind: str) -> None:
+    """Make the layers' products in float8, scaled tensor by tensor (arXiv 2209.05433); the CPU emulates them."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise ResourceError(
+            "train.fp8",
+            found="no torchao",
+            expected="the package, whose kernels these are",
+            mend="Install it with: pip install 'espalier[fp8]'.",
+        ) from None
+    for layer in model.base_model.layers:
+        convert_to_float8_training(layer, config=Float8LinearConfig(emulate=kind == "cpu"))
 
 
 def initial_model(

@@ -103,7 +103,7 @@ class Meter:
         to be spent.
         """
         stopped, spent = self.run.world.largest(self.run.stop_signal or 0, not self.allows_another())
-        self.run.stop_signal = stopped or None
+        self.run.stop_signal = stopped or self.run.stop_signal  # one that came meanwhile is heard at the next step
         return "signal" if stopped else "budget" if spent else None
 
     def allows_another(self) -> bool:

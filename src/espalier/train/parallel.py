@@ -14,6 +14,7 @@ added up is added in float64.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,6 +92,8 @@ class Parallel:
         """Split the products inside the layers over the tensor group, before anything else is done to them."""
         if self.mesh is not None and self.tensor > 1:
             require_plan(model, self.tensor)
+            # It warns of every tensor that is put together over two axes, which only saves and Muon do.
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
             parallelize_module(model.base_model, self.mesh[TENSOR], _styles(model))
 
     def spread(self, model: PreTrainedModel) -> None:

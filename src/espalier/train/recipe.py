@@ -125,6 +125,7 @@ class TrainRecipe(Recipe):
     keep                         "newest" checkpoints alone, or the model at the end of each of the "stages" too
     torch_compile                "auto" compiles when the run is long enough to repay it
     bf16                         "auto" uses bfloat16 matmuls where they were measured to be faster
+    fp8                          "on" makes the layers' products in float8, on GPUs that have it; needs espalier[fp8]
     recompute                    "layers" keeps only the layers' inputs and computes the rest again in the backward
                                  pass (gradient checkpointing): less memory, some 30% more FLOPs
     on_spike                     what follows a loss far above the latest ones: "rewind" goes back to a checkpoint
@@ -144,6 +145,7 @@ class TrainRecipe(Recipe):
     keep: Safe[Literal["newest", "stages"]] = "newest"
     torch_compile: Literal["auto", "on", "off"] = "auto"
     bf16: Literal["auto", "on", "off"] = "auto"
+    fp8: Literal["on", "off"] = "off"
     recompute: Literal["none", "layers"] = "none"
     parallel: Flagged[ParallelRecipe] = ParallelRecipe()
     on_spike: Flagged[Literal["tell", "rewind", "off"]] = "tell"
