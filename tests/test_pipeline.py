@@ -90,6 +90,13 @@ def test_the_card_has_front_matter_with_the_results(finished):
     assert f"{results.value('held-out', 'loss'):.4f}" in text
 
 
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_an_expected_interval_has_two_ends(espalier, recipe_file, end):
+    refused = espalier("run", recipe_file, f"expected={{loss: 2, {end}: 2}}")
+    assert refused.code == 2 and "only one of low and high" in refused.err
+    assert espalier("run", recipe_file, "expected={loss: 2, low: 1, high: 3}", "--dry-run").code == 0
+
+
 def test_results_metrics_ledger_and_plan_agree(finished):
     results, plan = Report.load(finished / RESULTS), read_json(finished / PLAN, None)
     lines = list(read_lines(finished / METRICS))
