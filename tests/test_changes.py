@@ -1,19 +1,18 @@
 """Changes on the way: every key has its verdict, what is safe changes no bit, what is accepted is on record."""
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import yaml
+from tests.keys import another, leaves
 from tests.test_pipeline import killed, same_weights
 from tests.test_recipe import CLASSES
 
 from espalier import changes, recipe
 from espalier.changes import Change
-from espalier.errors import RecipeError, RunError
+from espalier.errors import RunError
 from espalier.folder import MADE
 from espalier.offers import PlanRecipe
 from espalier.pipeline import PretrainRecipe
@@ -32,53 +31,13 @@ ALLOWED = {
     "train.spike_sigmas train.parallel.shard train.parallel.tensor train.parallel.gather",
 }
 VERDICTS = {key: verdict for verdict, keys in ALLOWED.items() for key in keys.split()}
-# Of these every key that isn't a choice takes one.
-VALUES = (3, 0.5, 512, "other", ["other"], True, "1kB", "3%")
-
-
-def leaves(kind: type[recipe.Recipe], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a recipe class with its annotation; of a list the first item's."""
-    for name, field in kind.model_fields.items():
-        inner = recipe._models_in(field.annotation)
-        if inner:
-            many = "tuple" in str(field.annotation)
-            yield from leaves(inner[0], f"{prefix}{name}.{'0.' if many else ''}")
-        else:
-            yield f"{prefix}{name}", field.annotation
-
-
 LEAVES = dict(leaves(PretrainRecipe))
 
 
-def choices(annotation: Any) -> list[Any]:
-    """The values that a key has to choose from, where it has."""
-    return [
-        choice
-        for inner in get_args(annotation)
-        for choice in (choices(inner) if get_args(inner) else [inner] if isinstance(inner, str) else [])
-    ]
-
-
-def another(path: Path, key: str) -> str:
-    """An override by which this key alone of a recipe is changed."""
-    was = recipe.load(PretrainRecipe, path)
-    for value in (*choices(LEAVES[key]), *VALUES):
-        override = f"{key}={json.dumps(value)}"
-        try:
-            now = recipe.load(PretrainRecipe, path, [override])
-        except RecipeError:
-            continue
-        if len(changes.between(was.model_dump(mode="json"), now)) == 1:
-            return override
-    raise AssertionError(f"no other value for {key}")
-
-
 @pytest.fixture(scope="session")
-def stated(recipe_file, tmp_path_factory) -> Path:
-    """The tiny recipe in full, with a section that is left out by default."""
-    path = tmp_path_factory.mktemp("stated") / "tiny.yaml"
-    path.write_text(recipe.dump(recipe.load(PretrainRecipe, recipe_file, ["expected.loss=2"])))
-    return path
+def begun(recipe_file) -> PretrainRecipe:
+    """The tiny recipe, with a section that is left out by default."""
+    return recipe.load(PretrainRecipe, recipe_file, ["expected={loss: 2, low: 1, high: 3}"])
 
 
 def test_the_keys_that_may_change_are_keys():
@@ -86,9 +45,9 @@ def test_the_keys_that_may_change_are_keys():
 
 
 @pytest.mark.parametrize("key", LEAVES)
-def test_every_key_has_its_verdict(key, stated):
-    now = recipe.load(PretrainRecipe, stated, [another(stated, key)])
-    found = changes.between(recipe.load(PretrainRecipe, stated).model_dump(mode="json"), now)
+def test_every_key_has_its_verdict(key, begun):
+    now = recipe.parse(PretrainRecipe, recipe.dump(begun), [another(begun, key, LEAVES[key])], where=key)
+    found = changes.between(begun.model_dump(mode="json"), now)
     verdict = VERDICTS.get(key, "refused")
     assert [(change.key.split(".0")[0], change.resume) for change in found] == [(key.split(".0")[0], verdict)]
 
@@ -137,8 +96,8 @@ def broken_off(espalier, recipe_file, logged_steps, tmp_path) -> Path:
     return run
 
 
-def test_safe_changes_all_at_once_leave_every_bit(espalier, recipe_file, stated, broken_off, finished):
-    safe = [another(stated, key) for key in ALLOWED["safe"].split()]
+def test_safe_changes_all_at_once_leave_every_bit(espalier, recipe_file, begun, broken_off, finished):
+    safe = [another(begun, key, LEAVES[key]) for key in ALLOWED["safe"].split()]
     renamed = broken_off.rename(broken_off.with_name("other"))
     done = espalier("run", recipe_file, *safe, "name=other")
     assert done.code == 0, done.err
