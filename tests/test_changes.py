@@ -16,7 +16,7 @@ from espalier.errors import RunError
 from espalier.folder import MADE
 from espalier.offers import PlanRecipe
 from espalier.pipeline import PretrainRecipe
-from espalier.run import CHANGES, FINAL, METRICS, RECIPE, Run, read_json, read_lines
+from espalier.run import CHANGES, FINAL, METRICS, PAGE, RECIPE, Run, read_json, read_lines
 
 # What an unfinished run may be told anew; every other key of the main recipe makes another run.
 ALLOWED = {
@@ -122,6 +122,11 @@ def test_a_flagged_change_waits_for_consent_and_is_on_record(espalier, recipe_fi
     change = {"key": "optimizer.learning_rate", "saved": 0.02, "now": 0.01, "resume": "flag", "step": step}
     assert [line for line in made["changes"] if line.items() >= change.items()]
     assert made["recipe"]["optimizer"]["learning_rate"] == 0.01
+    page = (broken_off / PAGE).read_text()
+    assert (
+        f"After step {step} optimizer.learning_rate was 0.01, before it 0.02." in page
+        and "logging_steps was" not in page
+    )
     rates = {line["step"]: line["learning_rate"] for line in read_lines(broken_off / METRICS) if "loss" in line}
     calm = {line["step"]: line["learning_rate"] for line in read_lines(finished / METRICS) if "loss" in line}
     assert all(rate == pytest.approx(calm[at] / (2 if at > step else 1)) for at, rate in rates.items())
