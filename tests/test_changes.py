@@ -149,3 +149,7 @@ def test_methods_take_the_consent_that_they_ask_for(espalier, tmp_path):
     assert "--accept-changes optimizer.weight_decay" in " ".join(espalier(*asked).err.split())
     done = espalier(*asked, "--accept-changes", "optimizer.weight_decay")
     assert done.code == 0, done.err
+    later = espalier(*asked, "--accept-changes", "optimizer.weight_decay", "train.logging_steps=77")
+    assert later.code == 0 and re.search(r"train.logging_steps +null +77 +safe", later.out)
+    written = [path.read_text() for path in (tmp_path / "runs" / "asked").rglob("*.yaml")]
+    assert len(written) > 1 and not any("logging_steps: 77" in text for text in written), "it was finished"
