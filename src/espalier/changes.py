@@ -53,8 +53,8 @@ def require_allowed(changes: Sequence[Change], accept: Collection[str], *, where
         return
     raise RunError(
         where,
-        found=f"{'a finished run' if finished else 'a run'} that was told something else\n{table(changes)}",
-        expected="the values saved" + ("" if finished else " where the class is refused, and consent where it is flag"),
+        found=f"other values than the {'finished run has' if finished else 'run was begun with'}\n{table(changes)}",
+        expected="the saved ones" + ("" if finished else " where the class is refused, and consent where it is flag"),
         mend=_take_back(refused) if refused else f"Add {ACCEPT} {','.join(waiting)} to compute the rest of the run so.",
     )
 

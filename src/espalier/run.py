@@ -285,7 +285,7 @@ class Run:
         changes.require_allowed(differing, accept, where=str(self.folder), finished=finished)
         if finished and differing:
             self.recipe = recipe.load(type(self.recipe), self.folder / RECIPE)
-            self.tell(f"Told something else since it was finished, which changes nothing:\n{changes.table(differing)}")
+            self.tell(f"Not taken over, since the run is finished:\n{changes.table(differing)}")
             return
         recorded = list(read_lines(self.folder / CHANGES))
         lines = changes.carried_out(recorded, saved)
