@@ -49,7 +49,7 @@ def require_allowed(changes: Sequence[Change], accept: Collection[str], *, where
     """
     refused = [change for change in changes if change.resume == "refused" or (finished and change.resume != "safe")]
     waiting = [change.key for change in changes if change.resume == "flag" and change.key not in accept]
-    if not refused and (finished or not waiting):
+    if not refused and not waiting:
         return
     raise RunError(
         where,
