@@ -184,6 +184,9 @@ def test_a_change_is_on_record_from_the_earliest_step_that_it_holds_for(start, f
     for step, earliest in ((8, 8), (12, 8), (4, 4)):
         run.went_on(step)
         assert [line["step"] for line in read_lines(folder / CHANGES)] == [earliest]
+    run.close()
+    start(accept=["rate"], job=Marked())
+    assert [line["now"] for line in read_lines(folder / CHANGES)] == [2.0, 1.0], "what has been taken back has been"
 
 
 def test_a_change_that_a_kill_kept_from_being_made_leaves_no_record(start, folder, monkeypatch):
