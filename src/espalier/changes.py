@@ -74,7 +74,8 @@ def _take_back(refused: Sequence[Change]) -> str:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+    half = WIDEST // 2
+    return text if len(text) <= WIDEST else f"{text[: half - 3]}...{text[-half:]}"
 
 
 def _at(values: Any, key: str) -> Any:
