@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from pydantic import Field
 from tests.keys import another, leaves
 from tests.test_pipeline import killed, same_weights
 from tests.test_recipe import CLASSES
@@ -78,10 +79,18 @@ def test_what_is_stated_of_a_field_is_a_class_and_reaches_a_recipe_where_it_says
             assert recipe.resume_class(kind, name) == "refused", "the section as a whole"
 
 
+def test_what_states_no_class_makes_another_run():
+    class Silent(recipe.Recipe):
+        plain: int = 1
+        length: int = Field(default=1, json_schema_extra={"unit": "m"})
+
+    assert {recipe.resume_class(Silent, key) for key in ("plain", "length", "unknown")} == {"refused"}
+
+
 def test_the_table_has_a_line_for_every_change_and_its_columns_stand():
     found = [Change("a", 1, None, "safe"), Change("stages.1.long", "x" * 99, "x" * 99 + "y", "refused")]
     lines = changes.table(found).splitlines()
-    assert len(lines) == 3 and all(len(line) < 90 for line in lines)
+    assert len(lines) == 3 and all(len(line) < 110 for line in lines)
     assert lines[2].split()[1] != lines[2].split()[2], "long values are told apart by their ends"
     starts = [[match.start() for match in re.finditer(r"(?<!\S)\S", line)] for line in lines]
     assert starts[0] == starts[1] == starts[2]
