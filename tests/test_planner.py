@@ -14,7 +14,7 @@ from espalier.ledger import Rates
 from espalier.planner import Machine, PlannedRecipe
 from espalier.recipe import parse
 from espalier.train.parallel import Parallel
-from espalier.world import World
+from espalier.world import SINGLE, World
 
 RECIPE = """
 data: {vocab_size: 4096, sequence_length: 256}
@@ -68,10 +68,20 @@ def test_what_does_not_fit_is_refused_and_each_mend_makes_it_fit(gigabytes, reco
 
 
 def test_smaller_passes_are_accumulated():
-    """Passes of 8 rows: gradients are there between two; before a fourth, those of the first two besides."""
-    sizes = [memory_of(read(f"train.batch_tokens={tokens}"), 8, "none")[-1] for tokens in (2048, 4096, 8192)]
-    gradients = 4 * flops.parameters(read().specs()[-1])
-    assert [size - sizes[0] for size in sizes] == pytest.approx([0, gradients, 2 * gradients], rel=0.01)
+    """An update of 32 rows: gradients are there between its passes."""
+    whole, parts = (memory_of(read("train.batch_tokens=" + tokens), 8, "none")[-1] for tokens in ("2048", "8192"))
+    assert parts - whole == pytest.approx(4 * flops.parameters(read().specs()[-1]), rel=0.01)
+
+
+def test_gradients_are_added_in_pairs_where_there_is_room_for_them():
+    recipe = read("train.per_device_train_batch_size=4")
+    needed = {way: max(planner._memory(recipe, recipe.specs(), 4, "none", way)) for way in ("running", "pairs")}
+    gradients = 4 * flops.parameters(recipe.specs()[-1])
+    assert needed["pairs"] - needed["running"] == pytest.approx(2 * gradients, rel=0.01), "eight passes"
+    for room, expected in ((needed["pairs"], "pairs"), (needed["pairs"] - 1, "running")):
+        row = replace(ROOMY, memory_bytes=room)
+        assert planner._accumulate(recipe, row, SINGLE) == expected
+        assert planner._accumulate(recipe, row, World(0, 2, 0, 2)) == "pairs"
 
 
 def test_a_run_that_just_fits_is_let_through():
@@ -136,5 +146,5 @@ def test_nothing_is_tried_before_the_refusal(monkeypatch, make_run):
 
 
 def test_float8_is_refused_where_it_would_be_emulated(make_run):
-    with pytest.raises(ResourceError, match="a GPU of at least 8.9"):
+    with pytest.raises(ResourceError, match=r"a GPU of at least 8\.9"):
         planner.settle(read("train.fp8=on"), Machine(ROOMY, Rates()), make_run())

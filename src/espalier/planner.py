@@ -234,7 +234,13 @@ def _mend(recipe: PlannedRecipe, recompute: memory.Recompute, at_hand: int) -> s
     return " ".join(f"{key}={value}" for key, value in settings.items()) if rows else ""
 
 
-def _memory(recipe: PlannedRecipe, specs: Sequence[ModelSpec], rows: int, recompute: memory.Recompute) -> list[int]:
+def _memory(
+    recipe: PlannedRecipe,
+    specs: Sequence[ModelSpec],
+    rows: int,
+    recompute: memory.Recompute,
+    accumulate: memory.Accumulate = "running",
+) -> list[int]:
     """Bytes that each stage holds at its most with passes of `rows`, in the way that is tried first: op by op."""
     from espalier.train.objectives import CHUNK
 
@@ -250,6 +256,7 @@ def _memory(recipe: PlannedRecipe, specs: Sequence[ModelSpec], rows: int, recomp
             attention="sdpa",
             recompute=recompute,
             passes=math.ceil(recipe.rows / rows),
+            accumulate=accumulate,
         ).total
         for spec in specs
     ]
@@ -301,7 +308,13 @@ def _choose_compute(
     from espalier.train.device import Device
 
     threads = recipe.train.threads or world.told(max(hardware.free_cores() // world.local_size, 1))
-    device = Device(kind=here.hardware.kind, threads=threads, compute="float32", recompute=recipe.train.recompute)
+    device = Device(
+        kind=here.hardware.kind,
+        threads=threads,
+        compute="float32",
+        recompute=recipe.train.recompute,
+        accumulate=_accumulate(recipe, here.hardware, world),
+    )
     if recipe.train.fp8 == "on":
         _require_float8(device)
         return replace(device, compute="float8")
@@ -312,6 +325,12 @@ def _choose_compute(
         return half
     largest = recipe.specs()[-1:]
     return min((device, half), key=lambda candidate: _probe(recipe, candidate, largest, parallel)[0].per_token)
+
+
+def _accumulate(recipe: PlannedRecipe, row: Hardware, world: World) -> memory.Accumulate:
+    """In pairs, unless one process can't hold what that takes; ranks hold but their parts of it."""
+    needs = _memory(recipe, recipe.specs(), recipe.micro_rows, recipe.train.recompute, "pairs")
+    return "pairs" if world.size > 1 or max(needs) <= memory.of_one_device(row) else "running"
 
 
 def _require_float8(device: Device) -> None:

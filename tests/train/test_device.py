@@ -80,6 +80,7 @@ def test_products_run_in_the_compute_dtype_and_weights_stay_fp32(begin, inputs, 
 
 def test_layers_multiply_in_float8_and_keep_their_weights_and_names(begin, inputs):
     """Emulated here: the rounding is float8's, the speed isn't."""
+    pytest.importorskip("torchao")
     found = {}
     for compute in ("float8", "bfloat16"):
         device, model = Device(compute=compute), begin().model

@@ -108,11 +108,20 @@ def test_time_before_an_evaluation_is_charged_to_training(run):
 
 
 def test_saving_is_done_when_due_and_paid_for(run):
-    saved = []
-    save = Save(run, Meter(run, Cost()), lambda state: saved.append(state.progress.step), every=4)
+    begun, polled = [], []
+
+    class Noted:
+        def begin(self, model, moments, progress, *, need_bytes):
+            begun.append((progress.step, need_bytes))
+
+        def poll(self):
+            polled.append(1)
+
+    save = Save(run, Meter(run, Cost()), Noted(), every=4, need_bytes=lambda state: state.progress.step * 10)
     for state, step in steps(9):
+        state.optimizer = SimpleNamespace(state=dict)
         save(state, step)
-    assert saved == [4, 8]
+    assert begun == [(4, 40), (8, 80)] and len(polled) == 7
     assert [entry.step for entry in run.ledger.entries if entry.kind == "checkpoint"] == [4, 8]
 
 

@@ -122,6 +122,8 @@ def test_layers_that_are_recomputed_or_gathered_in_bfloat16_train(train, ranks):
 
 
 def test_ranks_multiply_in_float8_alike(train, ranks):
+    pytest.importorskip("torchao")
+
     def work(world: World) -> list:
         return train(Parallel.over(world, ParallelRecipe(), "cpu"), 3, compute="float8")[1]
 

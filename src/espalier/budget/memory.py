@@ -18,6 +18,7 @@ Dtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]
 Attention = Literal["eager", "sdpa", "causal_halves"]
 Recompute = Literal["none", "layers"]
+Accumulate = Literal["pairs", "running"]
 Compile = Literal["off", "layers"]
 SIZE: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
@@ -65,6 +66,7 @@ def training_memory(
     recompute: Recompute = "none",
     compile: Compile = "off",
     passes: int = 1,
+    accumulate: Accumulate = "running",
 ) -> Memory:
     """The peak of an update on one device: `passes` forward and backward passes of `rows` x `sequence_length` tokens.
 
@@ -80,8 +82,9 @@ def training_memory(
     casts = SIZE["bfloat16"] * layer_matrices(spec) * autocast
     casts_later = casts if recompute == "none" else casts // spec.num_hidden_layers
 
-    # Gradients are added in pairs, pairs of pairs and so on: one set before an even pass, and one for every level.
-    before = masters * ((passes > 1) + ((passes + 1) // 2).bit_length() - 1)
+    # Of gradients there is one set before a later pass; added in pairs, pairs of pairs and so on, one for every level.
+    levels = ((passes + 1) // 2).bit_length() - 1 if accumulate == "pairs" else 0
+    before = masters * ((passes > 1) + levels)
     kept = tokens * activation_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)
     layer = tokens * layer_bytes_per_token(spec, sequence_length, compute, attention, compile=compile)
     again = layer - tokens * layer_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)

@@ -63,6 +63,8 @@ class Device:
     compute    dtype of the matmuls; weights stay fp32. float8 is of the layers' products alone, through torchao; what
                else autocast covers is bfloat16 then
     compile    whether layers are compiled
+    accumulate how gradients of micro-batches are added: in "pairs", so that any number of ranks adds them alike, or
+               one by one in a "running" sum, which holds less
     recompute  whether layers keep their input alone and are computed again in the backward pass
     """
 
@@ -72,6 +74,7 @@ class Device:
     compile: Literal["layers", "off"] = "off"
     attention: Attention = "sdpa"
     recompute: Literal["none", "layers"] = "none"
+    accumulate: Literal["pairs", "running"] = "pairs"
 
     def prepare(self) -> None:
         """Set what holds for the whole process: the threads, and that freed memory is kept."""

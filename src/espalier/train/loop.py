@@ -214,7 +214,8 @@ def backward(
     batch  this rank's rows; the loss is the mean over all ranks' labels, and the shares are those of all
     """
     labelled = sum(int(row[0]) for row in parallel.gathered(int((batch.labels >= 0).sum())))
-    gradients = Pairs([weight for weight in model.parameters() if weight.requires_grad])
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = Pairs(weights if device.accumulate == "pairs" else [])
     losses: list[Tensor] = []
     for begin in range(0, len(batch.input_ids), micro_rows):
         inputs = device.tensors(batch.rows(begin, begin + micro_rows))
