@@ -362,6 +362,7 @@ def test_a_mistake_beside_a_positional_argument_is_told_as_ever():
 @pytest.mark.parametrize(
     "override",
     [
+        "branches.1.texts.0.x=1",
         "name",
         "=x",
         "branches.2.choice=1",
@@ -372,7 +373,7 @@ def test_a_mistake_beside_a_positional_argument_is_told_as_ever():
     ],
 )
 def test_an_override_that_leads_nowhere_is_refused_by_itself(override):
-    error = refusal("name: x\nbranches: [{}, {texts: []}]", override)
+    error = refusal("name: x\nbranches: [{}, {texts: [a]}]", override)
     assert repr(override) in error.where
 
 

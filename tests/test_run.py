@@ -73,7 +73,7 @@ def clock(monkeypatch):
 HOLD = """
 import sys
 from pathlib import Path
-from espalier.recipe import ByField, Flagged, Planned, Recipe, Safe
+from espalier.recipe import Recipe
 from espalier.run import Run
 with Run.start(Path(sys.argv[1]), Recipe()):
     print("held", flush=True)
@@ -115,9 +115,8 @@ def test_the_same_recipe_is_taken_up_and_another_is_refused_by_its_keys(start, f
     for _ in range(2):
         with pytest.raises(RunError) as refused:
             start(other)
-        assert "rate: 1e-05 there, 2.0 now" in refused.value.found
-        assert "stages.1.size: 2 there, 3 now" in refused.value.found
-        assert "name" not in refused.value.found
+        shown = [line.split() for line in refused.value.found.splitlines()[2:]]
+        assert shown == [["rate", "1e-05", "2.0", "refused"], ["stages.1.size", "2", "3", "refused"]]
     assert recipe.load(Job, folder / RECIPE) == Job()
     start().close()
 
@@ -130,35 +129,98 @@ class Marked(Recipe):
     seed: int = 1
 
 
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize(
-    ("change", "accept", "taken"),
-    [
-        ({"name": "y"}, (), True),
-        ({"hours": 2.0}, (), True),
-        ({"rate": 2.0}, (), False),
-        ({"rate": 2.0, "name": "y"}, ("rate",), True),
-        ({"seed": 2}, ("seed",), False),
-        ({"inner": Job(rate=2.0)}, ("inner.rate",), False),
-    ],
-    ids=str,
+CHANGED = {"name": "y", "hours": 2.0, "rate": 2.0, "inner.rate": 2.0, "seed": 2}
+VERDICTS = dict(zip(CHANGED, ("safe", "planned", "flag", "refused", "refused"), strict=True))
+
+
+def marked(keys) -> Marked:
+    """The recipe with other values at these keys."""
+    values = {key: value for key, value in CHANGED.items() if key in keys and "." not in key}
+    return Marked(**values, inner=Job(rate=2.0) if "inner.rate" in keys else Job())
+
+
+@given(
+    keys=st.sets(st.sampled_from(list(CHANGED)), min_size=1),
+    accept=st.sets(st.sampled_from(["rate", "seed", ""])),
+    finished=st.booleans(),
 )
-def test_each_class_of_a_change_has_its_verdict(start, folder, change, accept, taken, finished):
-    run = start(Marked())
-    run.finish("finished" if finished else "stopped")
-    run.close()
-    if taken and not finished:
-        run = start(Marked(**change), accept=accept)
-        lines = list(read_lines(folder / CHANGES))
-        assert {line["key"]: line["now"] for line in lines} == change
-        assert run.made("x", seed=1)["changes"] == lines
-        assert recipe.load(Marked, folder / RECIPE) == Marked(**change)
+def test_changes_are_taken_over_or_refused_by_their_classes(tmp_path_factory, keys, accept, finished):
+    folder, told = tmp_path_factory.mktemp("runs") / "x", []
+    with Run.start(folder, Marked(), tell=told.append) as run:
+        run.finish("finished" if finished else "stopped")
+    classes = {VERDICTS[key] for key in keys}
+    allowed = {"safe"} if finished else {"safe", "planned", "flag"}
+    if classes <= allowed and ("rate" not in keys or "rate" in accept):
+        with Run.start(folder, marked(keys), tell=told.append, accept=accept) as run:
+            lines = list(read_lines(folder / CHANGES))
+            kept = Marked() if finished else marked(keys)
+            assert run.recipe == kept == recipe.load(Marked, folder / RECIPE)
+            assert run.made("x", seed=1)["changes"] == lines
+        assert {line["key"]: line["now"] for line in lines} == ({} if finished else {k: CHANGED[k] for k in keys})
+        says = told[-1]
     else:
         with pytest.raises(RunError) as refused:
-            start(Marked(**change), accept=accept)
-        assert ("--accept-changes rate" in refused.value.mend) == (change == {"rate": 2.0} and not finished)
-        assert recipe.load(Marked, folder / RECIPE) == Marked()
-        assert not (folder / CHANGES).exists()
+            Run.start(folder, marked(keys), tell=told.append, accept=accept)
+        assert recipe.load(Marked, folder / RECIPE) == Marked() and not (folder / CHANGES).exists()
+        consent = "--accept-changes rate" in refused.value.mend
+        assert consent == (not finished and "refused" not in classes and "rate" not in accept)
+        says = refused.value.found
+    rows = {line.split()[0]: line.split()[-1] for line in says.splitlines()[2:]}
+    assert rows == {key: VERDICTS[key] for key in keys}, "all that differs is shown, with its class"
+
+
+def test_what_is_to_be_taken_back_is_told_as_it_has_to_be_typed(start, folder):
+    start(Marked()).close()
+    with pytest.raises(RunError) as refused:
+        start(marked({"seed", "inner.rate"}))
+    typed = [word for word in refused.value.mend.replace(",", "").split() if "=" in word and "..." not in word]
+    assert recipe.parse(Marked, "", ["seed=2", "inner.rate=2", *typed], where="x") == Marked()
+
+
+def test_a_change_is_on_record_from_the_earliest_step_that_it_holds_for(start, folder):
+    start(Marked()).close()
+    run = start(marked({"rate"}), accept=["rate"])
+    assert "step" not in next(read_lines(folder / CHANGES))
+    for step, earliest in ((8, 8), (12, 8), (4, 4)):
+        run.went_on(step)
+        assert [line["step"] for line in read_lines(folder / CHANGES)] == [earliest]
+    run.close()
+    for _ in range(2):
+        start(Marked(), accept=["rate"]).close()
+    assert [line["now"] for line in read_lines(folder / CHANGES)] == [2.0, 1.0], "what has been taken back has been"
+
+
+def test_a_change_that_a_kill_kept_from_being_made_leaves_no_record(start, folder, monkeypatch):
+    start(Marked()).close()
+    write = files.write_text
+
+    def killed(path, text):
+        if path.name == RECIPE:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(marked({"rate", "name"}), accept=["rate"])
+    monkeypatch.undo()
+    assert len(list(read_lines(folder / CHANGES))) == 2
+    run = start(marked({"name"}))
+    assert [line["key"] for line in run.made("x", seed=1)["changes"]] == ["name"]
+    run.close()
+    start(marked({"name"}))
+    assert [line["key"] for line in read_lines(folder / CHANGES)] == ["name"], "what was made stays on record"
+
+
+def test_every_rank_is_refused_what_the_leader_is(ranks, tmp_path):
+    def work(world):
+        try:
+            Run.start(tmp_path / "x", marked({"seed"}), tell=lambda line: None, world=world)
+        except RunError as refused:
+            return refused.found
+
+    Run.start(tmp_path / "x", Marked(), tell=lambda line: None).close()
+    one, other = ranks(2, work)
+    assert one == other and "seed" in one
 
 
 def test_a_stored_recipe_that_was_broken_by_hand_is_refused_by_its_line(start, folder):

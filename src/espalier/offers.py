@@ -59,7 +59,7 @@ class PlanRecipe(TrainingRecipe):
 
     name: str = Field(default="planned", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     budget: ByField[BudgetRecipe] = BudgetRecipe()
-    data: DataRecipe = DataRecipe()
+    data: ByField[DataRecipe] = DataRecipe()
     hardware: str = HERE
     devices: int = Field(default=1, gt=0)
     utilization: float | None = Field(default=None, gt=0, le=1)

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import psutil
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from espalier import errors, files, planner, recipe
 from espalier.budget import flops, memory
@@ -47,6 +47,12 @@ class ExpectedRecipe(recipe.Recipe):
     loss: float = Field(gt=0)
     low: float | None = None
     high: float | None = None
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("only one of low and high")
+        return self
 
 
 class PretrainRecipe(PlannedRecipe):

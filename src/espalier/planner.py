@@ -47,7 +47,7 @@ class PlannedRecipe(GrowthRecipe):
     """What a plan depends on: the growth run, its data and its budget."""
 
     budget: ByField[BudgetRecipe] = BudgetRecipe()
-    data: DataRecipe = DataRecipe()
+    data: ByField[DataRecipe] = DataRecipe()
 
     @model_validator(mode="after")
     def _rows_fit_the_model(self) -> Self:

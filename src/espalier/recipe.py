@@ -259,9 +259,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _step(place: Any, part: str, override: str) -> Any:
     if isinstance(place, list):
-        return place[_index(place, part, override)]
-    inner = place.get(part)
-    if inner is None:
+        inner = place[_index(place, part, override)]
+    elif (inner := place.get(part)) is None:
         inner = place[part] = {}
     if not isinstance(inner, (dict, list)):
         raise RecipeError(

@@ -24,14 +24,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from espalier import files, recipe, watch
+from espalier import changes, files, recipe, watch
 from espalier.errors import RunError, UserError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
@@ -168,6 +168,11 @@ class Run:
         if path.exists():
             files.write_text(path, "".join(kept))
 
+    def went_on(self, step: int) -> None:
+        """Note that what was changed holds from `step` on, or from an earlier one that was gone back to."""
+        if lines := list(read_lines(self.folder / CHANGES)):
+            self._write_changes({**line, "step": min(step, line.get("step", step))} for line in lines)
+
     @property
     def uncharged_seconds(self) -> float:
         """Time since the last entry; what a new process needed to get here counts too."""
@@ -274,31 +279,25 @@ class Run:
 
     def _same_recipe(self, accept: Collection[str]) -> None:
         """Refuse another recipe; take over, and record, what an unfinished run may be told anew."""
-        differing = recipe.changes(recipe.stored(self.folder / RECIPE), self.recipe.model_dump(mode="json"))
-        if not differing:
-            return
-        classes = {key: recipe.resume_class(type(self.recipe), key) for key, *_ in differing}
-        shown = "; ".join(f"{key}: {old!r} there, {new!r} now ({classes[key]})" for key, old, new in differing)
-        flagged = [key for key, found in classes.items() if found == "flag"]
+        saved = recipe.stored(self.folder / RECIPE)
+        differing = changes.between(saved, self.recipe)
         finished = self.state["status"] == "finished"
-        if finished or "refused" in classes.values() or not set(flagged) <= set(accept):
-            another = finished or "refused" in classes.values()
-            raise RunError(
-                str(self.folder),
-                found=f"{'a finished' if finished else 'another'} run ({shown})",
-                expected="the recipe that the folder was started with",
-                mend="Choose another name=..., or delete the folder."
-                if another
-                else f"Add --accept-changes {','.join(flagged)} to compute the rest of the run so.",
-            )
-        now = time.time()
-        lines = [
-            {"key": key, "was": old, "now": new, "class": classes[key], "time": now} for key, old, new in differing
-        ]
-        kept = [*read_lines(self.folder / CHANGES), *lines]
-        files.write_text(self.folder / CHANGES, "".join(json.dumps(line) + "\n" for line in kept))
-        files.write_text(self.folder / RECIPE, recipe.dump(self.recipe))
-        self.tell(f"Changed since it was begun: {shown}.")
+        changes.require_allowed(differing, accept, where=str(self.folder), finished=finished)
+        if finished and differing:
+            self.recipe = recipe.load(type(self.recipe), self.folder / RECIPE)
+            self.tell(f"Not taken over, since the run is finished:\n{changes.table(differing)}")
+            return
+        recorded = list(read_lines(self.folder / CHANGES))
+        lines = changes.carried_out(recorded, saved)
+        lines += [{**vars(change), "time": time.time()} for change in differing]
+        if lines != recorded:
+            self._write_changes(lines)
+        if differing:
+            files.write_text(self.folder / RECIPE, recipe.dump(self.recipe))
+            self.tell(f"Changed since it was begun:\n{changes.table(differing)}")
+
+    def _write_changes(self, lines: Iterable[dict[str, Any]]) -> None:
+        files.write_text(self.folder / CHANGES, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _log_to_file(self) -> None:
         self._handler = logging.FileHandler(self.folder / LOG, encoding="utf-8", delay=True)
@@ -321,6 +320,9 @@ class Follower(Run):
         pass
 
     def rewind_metrics(self, step: int, *, stage: int) -> None:
+        pass
+
+    def went_on(self, step: int) -> None:
         pass
 
     def charge(self, kind: str, *, tokens: float = 0.0, flops: float = 0.0, usd: float = 0.0, **where: Any) -> Cost:

@@ -18,7 +18,7 @@ from espalier.folder import ModelFolder
 from espalier.ledger import Cap, Cost, Ledger
 from espalier.recipe import stored
 from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, read_json, read_lines
+from espalier.run import CHANGES, FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, read_json, read_lines
 from espalier.spec import ModelSpec
 
 NAMES = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time", "usd": "Money", "kwh": "Energy"}
@@ -42,6 +42,7 @@ class Story:
         self.device, self.hardware = planned["device"], planned["hardware"]
         self.ledger = Ledger(folder / LEDGER)
         self.metrics = list(read_lines(folder / METRICS))
+        self.changes = list(read_lines(folder / CHANGES))
         self.results = Report.load(folder / RESULTS) if (folder / RESULTS).exists() else None
         final = folder / FINAL
         self.made = ModelFolder(final).made if final.exists() else None
@@ -182,6 +183,7 @@ class Story:
         """What figures alone don't say."""
         if self.expected and self.results:
             yield self.against_expectation()
+        yield from self.changed()
         yield from self.guarded()
         for line in self.metrics:
             if "planned_anew" in line:
@@ -190,6 +192,12 @@ class Story:
                     f"{line['planned_steps']} steps in all: training took {line['pace']:.2f} s for each second planned."
                 )
         yield f"Where the time went: {self.where_time_went()}."
+
+    def changed(self) -> Iterator[str]:
+        """What the rest of the run was computed by, unlike its beginning."""
+        for line in self.changes:
+            if line["resume"] == "flag" and "step" in line:
+                yield f"After step {line['step']} {line['key']} was {line['now']}, before it {line['saved']}."
 
     def guarded(self) -> Iterator[str]:
         """What went wrong with the numbers."""

@@ -60,7 +60,8 @@ def show(error: errors.UserError) -> None:
 
     console = Console(stderr=True)
     for label, text in error.lines():
-        console.print(Text(f"{label:>9}  ", style="bold red" if label == "where" else "bold"), Text(text), sep="")
+        below = text.replace("\n", "\n" + " " * 11)
+        console.print(Text(f"{label:>9}  ", style="bold red" if label == "where" else "bold"), Text(below), sep="")
 
 
 def _note(error: Exception) -> Path:

@@ -15,6 +15,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value setti
 File = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings.")]
 RunName = Annotated[str | None, typer.Option("--name", help="Name of the run folder.")]
 OnlyResolve = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
+AcceptChanges = Annotated[
+    str, typer.Option(metavar="KEY,KEY", help="Changed keys by which the rest of a run may be computed otherwise.")
+]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.", envvar="ESPALIER_RUNS")]
 
 
@@ -67,6 +70,7 @@ def _verb_command(verb: str) -> Callable[..., None]:
         run_name: RunName = None,
         runs: Runs = Path("runs"),
         dry_run: OnlyResolve = False,
+        accept_changes: AcceptChanges = "",
     ) -> None:
         settings = overrides or []
         if name and "=" in name and (default := method.default(verb)):
@@ -74,7 +78,7 @@ def _verb_command(verb: str) -> Callable[..., None]:
         if name is None:
             list_methods(verb)
         else:
-            _carry_out(f"{verb}.{name}", settings, file, run_name, runs, dry_run)
+            _carry_out(f"{verb}.{name}", settings, file, run_name, runs, dry_run, accept_changes)
 
     return command
 
@@ -85,13 +89,20 @@ def plan(
     run_name: RunName = None,
     runs: Runs = Path("runs"),
     dry_run: OnlyResolve = False,
+    accept_changes: AcceptChanges = "",
 ) -> None:
     """Say what to train for a sum of money, hours or energy, and why; writes the recipe for `espalier run`."""
-    _carry_out("budget.plan", overrides, file, run_name, runs, dry_run)
+    _carry_out("budget.plan", overrides, file, run_name, runs, dry_run, accept_changes)
 
 
 def _carry_out(
-    name: str, overrides: list[str] | None, file: Path | None, run_name: str | None, runs: Path, dry_run: bool
+    name: str,
+    overrides: list[str] | None,
+    file: Path | None,
+    run_name: str | None,
+    runs: Path,
+    dry_run: bool,
+    accept_changes: str,
 ) -> None:
     from espalier.run import Run
 
@@ -101,8 +112,8 @@ def _carry_out(
         typer.echo(recipe.dump(resolved))
         return
     folder = runs / (run_name or f"{name.replace('.', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-    with Run.start(folder, resolved, tell=typer.echo) as run:
-        result = card.load()(resolved, run)
+    with Run.start(folder, resolved, tell=typer.echo, accept=accept_changes.split(",")) as run:
+        result = card.load()(run.recipe, run)
         run.charge(card.full_name)
         run.finish("finished")
     typer.echo(getattr(result, "path", result))

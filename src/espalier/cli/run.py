@@ -8,13 +8,9 @@ from typing import Annotated
 
 import typer
 
-from espalier.cli.methods import Overrides, Runs
+from espalier.cli.methods import AcceptChanges, Overrides, Runs
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its price, and stop.")]
-
-AcceptChanges = Annotated[
-    str, typer.Option(metavar="KEY,KEY", help="Changed keys by which the rest of a run may be computed otherwise.")
-]
 
 
 def register(app: typer.Typer) -> None:

@@ -22,7 +22,7 @@ from espalier.data.sources import ARCHIVE, STDLIB, UNPACK, Document, Quarantine,
 from espalier.dataset import Dataset
 from espalier.errors import DataError
 from espalier.method import method
-from espalier.recipe import Recipe
+from espalier.recipe import Recipe, Safe
 from espalier.run import Run
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class DataRecipe(Recipe):
 
     sources: tuple[Source, ...] = Field(default=(Source.model_validate(STDLIB),), min_length=1)
     held_out: float = Field(default=0.02, gt=0, lt=1, description="share of the documents kept for validation")
-    bad_rows: float = Field(
+    bad_rows: Safe[float] = Field(
         default=0.01, ge=0, le=1, description="share of the rows that may be put aside; with more, the text is refused"
     )
     max_bytes: ByteSize | None = Field(default=None, description="at most so much text, as in 12MB")

@@ -226,6 +226,7 @@ def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome 
     if state is None:
         run.world.led(lambda: _require_reserve(plan, setting))
         state = _begin(recipe, plan, setting)
+    run.went_on(state.progress.step)
     if state.progress.step:
         pace.adapt(state.progress, 1.0, changed=setting.changed)
     meter = Meter(run, setting.reserve)

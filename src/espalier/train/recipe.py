@@ -140,16 +140,16 @@ class TrainRecipe(Recipe):
     eval_tokens: Flagged[int | None] = Field(default=None, gt=0)
     save_steps: Safe[int] = Field(default=100, gt=0)
     keep_checkpoints: Safe[int] = Field(default=2, gt=0)
-    keep_every: int | None = Field(default=None, gt=0)
-    save: Literal["auto", "at once", "beside"] = "auto"
+    keep_every: Safe[int | None] = Field(default=None, gt=0)
+    save: Safe[Literal["auto", "at once", "beside"]] = "auto"
     keep: Safe[Literal["newest", "stages"]] = "newest"
     torch_compile: Literal["auto", "on", "off"] = "auto"
     bf16: Literal["auto", "on", "off"] = "auto"
     fp8: Literal["on", "off"] = "off"
     recompute: Literal["none", "layers"] = "none"
-    parallel: ParallelRecipe = ParallelRecipe()
-    on_spike: Literal["tell", "rewind", "off"] = "tell"
-    spike_sigmas: float = Field(default=7.0, gt=0)
+    parallel: Flagged[ParallelRecipe] = ParallelRecipe()
+    on_spike: Flagged[Literal["tell", "rewind", "off"]] = "tell"
+    spike_sigmas: Flagged[float] = Field(default=7.0, gt=0)
     threads: int | None = Field(default=None, gt=0, description="CPU threads; the cores that are free, if not stated")
 
 
