@@ -30,8 +30,8 @@ ROWS, MICRO_ROWS = 8, 2
 
 @pytest.fixture
 def spec(spec):
-    """Every rank of four has whole vectors of the processor's registers of each weight."""
-    return spec.changed(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4)
+    """Four ranks have 12 of a vector's numbers each, which don't fill the processor's registers."""
+    return spec.changed(hidden_size=48, head_dim=12, num_attention_heads=4, num_key_value_heads=4)
 
 
 @pytest.fixture

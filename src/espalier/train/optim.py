@@ -50,7 +50,6 @@ class Optimizer:
         adam: dict[str, Any] = {
             "betas": (recipe.adam_beta1, recipe.adam_beta2),
             "eps": recipe.adam_epsilon,
-            "fused": True,
         }
         vector_groups = _groups_of(vectors, lr=recipe.vector_learning_rate, weight_decay=0.0)
         if recipe.name == "muon":
@@ -144,9 +143,12 @@ class Optimizer:
 
 
 def _groups_of(weights: Sequence[Tensor], **settings: Any) -> list[dict[str, Any]]:
-    """Weights with the same settings, those of one mesh at a time: one call can't take tensors of several."""
-    meshes = list(dict.fromkeys(getattr(weight, "device_mesh", None) for weight in weights)) or [None]
-    return [
-        {"params": [weight for weight in weights if getattr(weight, "device_mesh", None) == mesh], **settings}
-        for mesh in meshes
-    ]
+    """Weights with the same settings: those of one mesh at a time, as one call can't take tensors of several, and
+    vectors op by op. Fused, the numbers that don't fill a register are rounded in another way, and of a vector ranks may
+    have any number.
+    """
+    groups: dict[tuple[object, bool], list[Tensor]] = {}
+    for weight in weights:
+        groups.setdefault((getattr(weight, "device_mesh", None), weight.ndim > 1), []).append(weight)
+    ways = {True: {"fused": True, "foreach": False}, False: {"fused": False, "foreach": True}}
+    return [{"params": params, **ways[fused], **settings} for (_, fused), params in groups.items()] or [{"params": []}]
