@@ -144,8 +144,8 @@ class Optimizer:
 
 def _groups_of(weights: Sequence[Tensor], **settings: Any) -> list[dict[str, Any]]:
     """Weights with the same settings: those of one mesh at a time, as one call can't take tensors of several, and
-    vectors op by op. Fused, the numbers that don't fill a register are rounded in another way, and of a vector ranks may
-    have any number.
+    vectors op by op. Fused, numbers that don't fill a register are rounded in another way, and a rank may have any
+    number of a vector's.
     """
     groups: dict[tuple[object, bool], list[Tensor]] = {}
     for weight in weights:
