@@ -48,7 +48,19 @@ class ModelFolder:
                 expected="files as they were written",
                 mend="Restore the folder from its source.",
             )
+        folder._require_own_tokenizer()
         return folder
+
+    def _require_own_tokenizer(self) -> None:
+        """Refuse another tokenizer than the one that made.json says the model was trained with."""
+        recorded, found = (self.made or {}).get("tokenizer"), self.tokenizer_fingerprint()
+        if recorded and found and recorded != found:
+            raise ModelError(
+                str(self.path / "tokenizer.json"),
+                found=f"another tokenizer than the model was trained with (sha256 {found[:12]})",
+                expected=f"the one that its ids stand for (sha256 {recorded[:12]}, by {MADE})",
+                mend="Restore tokenizer.json from where the folder came from.",
+            )
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -18,11 +18,15 @@ from pydantic import Field, model_validator
 from espalier import errors, files, planner, recipe
 from espalier.budget import flops, memory
 from espalier.budget.plan import Plan
+from espalier.data import origin
+from espalier.data.origin import Origin
 from espalier.data.prepare import Corpus, corpus
+from espalier.errors import DataError
+from espalier.folder import ModelFolder
 from espalier.grow.progressive import grow_run
 from espalier.planner import Machine, PlannedRecipe, Settled
 from espalier.report import Report
-from espalier.run import FINAL, RESULTS, Run
+from espalier.run import FINAL, RESULTS, Run, read_json
 from espalier.world import World
 
 if TYPE_CHECKING:
@@ -71,8 +75,13 @@ def main(
     dry_run: bool,
     tell: Callable[[str], None],
     accept: Collection[str] = (),
+    accept_data: str = "",
 ) -> int:
-    """Carry out a recipe file, by all the processes that torchrun started; the exit code."""
+    """Carry out a recipe file, by all the processes that torchrun started; the exit code.
+
+    accept       keys whose new values an unfinished run may take over
+    accept_data  digest of other data with which it may go on
+    """
     world = World.here()
     with world.joined(seconds=PATIENCE):
         resolved = world.together(lambda: recipe.load(PretrainRecipe, path, overrides))
@@ -94,10 +103,10 @@ def main(
             if world.told(run.state["status"] if world.leads else None) == "finished":
                 run.tell(f"{run.folder} is finished; nothing to do. Change the name to run it again.")
                 return 0
-            return pretrain(resolved, run)
+            return pretrain(resolved, run, accept_data=accept_data)
 
 
-def pretrain(resolved: PretrainRecipe, run: Run) -> int:
+def pretrain(resolved: PretrainRecipe, run: Run, *, accept_data: str = "") -> int:
     """The main job in a run folder: exit code 0 when done, else that of the way in which it ended early."""
     from espalier import story
 
@@ -108,6 +117,8 @@ def pretrain(resolved: PretrainRecipe, run: Run) -> int:
     run.charge("plan")
 
     text = run.world.in_turn(lambda: corpus(resolved.data, home=files.home(), tell=run.tell))
+    _require_one_origin(text, run)
+    run.world.led(lambda: origin.require_same(run.folder, text, accept=accept_data, tell=run.tell))
     run.charge("data")
 
     settled = planner.settle(resolved, here, run, parallel)
@@ -122,6 +133,19 @@ def pretrain(resolved: PretrainRecipe, run: Run) -> int:
     _export(resolved, settled, outcome, text.tokenizer, run, parallel)
     run.world.led(lambda: _tell_end(outcome, run))
     return errors.EXIT_BUDGET_SPENT if outcome.ending == "budget" else 0
+
+
+def _require_one_origin(text: Corpus, run: Run) -> None:
+    """Refuse ranks whose machines have prepared other data than the leader's."""
+    digests = run.world.gathered(Origin.of(text).digest)
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise DataError(
+            f"rank {other}",
+            found=f"data {digests[other]}",
+            expected=f"the leader's, {digests[0]}",
+            mend="Have the same sources on every machine, or a disk that all share.",
+        )
 
 
 def _parallel(resolved: PretrainRecipe, here: Machine, run: Run) -> Parallel:
@@ -244,6 +268,8 @@ def _export(
             seed=resolved.seed,
             hardware=settled.machine.hardware.name,
             measured=list(run.ledger.entries[-1].measured),
+            data=read_json(run.folder / origin.RECORD, None),
+            tokenizer=ModelFolder(folder).tokenizer_fingerprint(),
             stages=[stage.spec.model_dump() for stage in settled.plan.stages],
         )
         run.write_made(folder, made)

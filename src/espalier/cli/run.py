@@ -24,13 +24,20 @@ def run(
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
     accept_changes: AcceptChanges = "",
+    accept_data: Annotated[str, typer.Option(metavar="HASH", help="Go on with these other data.")] = "",
 ) -> None:
     """Plan, train by growing, evaluate and report, as a recipe says. Run it again to take up an unfinished run."""
     from espalier import pipeline
 
     raise typer.Exit(
         pipeline.main(
-            recipe, overrides or [], runs=runs, dry_run=dry_run, tell=typer.echo, accept=accept_changes.split(",")
+            recipe,
+            overrides or [],
+            runs=runs,
+            dry_run=dry_run,
+            tell=typer.echo,
+            accept=accept_changes.split(","),
+            accept_data=accept_data,
         )
     )
 

@@ -174,3 +174,16 @@ def _unreadable(path: Path, why: str) -> DataError:
         expected="a file of a tokenizer or model folder",
         mend="Name a folder with a whole tokenizer.json and tokenizer_config.json.",
     )
+
+
+def first_difference(one: Path, other: Path) -> int | None:
+    """The lowest id that stands for different tokens in two tokenizer.json; None where all stand for the same."""
+    by_id = [{number: token for token, number in _parsed(path).items()} for path in (one, other)]
+    ids = sorted(by_id[0].keys() | by_id[1].keys())
+    return next((number for number in ids if by_id[0].get(number) != by_id[1].get(number)), None)
+
+
+def _parsed(path: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
