@@ -15,20 +15,39 @@ from pathlib import Path
 
 import torch
 
-from faults import calls, guards, mutations, power, refusals, resume, runs, sweeps
+from faults import (
+    calls,
+    changes,
+    guards,
+    mutations,
+    numerics,
+    power,
+    ranks,
+    refusals,
+    resume,
+    runs,
+    shared,
+    sweeps,
+    untrusted,
+)
 from faults.sheet import SHEET, Row, Told, render, today
 from faults.small import Setting, Small
 
 Part = Callable[[Setting], list[Row]]
 
 PARTS: dict[str, Part] = {
-    "kills at every file call": sweeps.kills,
-    "disk errors at every file call": sweeps.disk_errors,
-    "power loss after every file call": power.power_loss,
+    "kills at file calls": sweeps.kills,
+    "disk errors at file calls": sweeps.disk_errors,
+    "power loss after file calls": power.power_loss,
     "random kills": runs.random_kills,
     "kills at the file calls of a run": runs.call_kills,
     "stopped and resumed": resume.matrix,
+    "one, two and four ranks": shared.ranks,
+    "dead and hung ranks": ranks.dead_or_hung,
     "mutations": mutations.mutations,
+    "changed recipes": changes.changed_recipes,
+    "hostile files": untrusted.hostile_files,
+    "numbers": numerics.numerics,
     "refusals": refusals.refusals,
     "guards removed": guards.removed,
 }

@@ -1,0 +1,120 @@
+"""Ranks: the same order, losses and bits as one process, and runs that go on on another number of them (F11, G3)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tests.ranks import run_ranks
+
+from espalier.run import FINAL, METRICS, read_lines
+from espalier.train import checkpoint, loop
+from espalier.world import World
+from faults.resume import FROM, INTO
+from faults.sheet import Row
+from faults.small import NAME, RECIPE, Setting
+
+# Micro-batches of one row: as many as four ranks can share.
+TRAIN = RECIPE["train"] | {"per_device_train_batch_size": 1, "evaluations": 2}
+STOP = 12  # two updates after the growth
+# Ranks that begin, ranks that go on, how checkpoints are written, the optimizer and the growth.
+CELLS = (
+    (2, 2, "at once", "muon", "stack"),
+    (2, 1, "beside", "muon", "masked"),
+    (2, 4, "at once", "adamw", "zero_pad"),
+    (4, 2, "beside", "adamw", "fpi"),
+    (1, 2, "at once", "muon", "fpi"),
+)
+
+
+def ranks(setting: Setting) -> list[Row]:
+    """The small recipe by 1, 2 and 4 ranks, and stopped and taken up by others."""
+    return [_undisturbed(setting), _resumed(setting)]
+
+
+def _undisturbed(setting: Setting) -> Row:
+    alone = _run(setting, _recipe("muon", "stack"), "alone", 1)
+    wrong, apart = [], 0.0
+    for size in (2, 4):
+        shared = _run(setting, _recipe("muon", "stack"), f"by {size}", size)
+        pairs = zip(_losses(alone), _losses(shared), strict=True)
+        apart = max(apart, *(abs(one - other) / one for one, other in pairs))
+        wrong += [] if _same_end(alone, shared) else [f"{size} ranks: other bits"]
+    tried = "the recipe of a growth by 1, 2 and 4 ranks (gloo, FSDP2): every loss, and weights and moments at the end"
+    figure = f"largest relative difference of a loss {apart:.0e}; {2 - len(wrong)} of 2 bit-equal"
+    return Row("G3", tried, figure, "at most 1e-6; bit-equal", apart <= 1e-6 and not wrong, "; ".join(wrong))
+
+
+def _resumed(setting: Setting) -> Row:
+    wrong = []
+    cells = setting.some(CELLS, share=max(setting.share, 0.5))
+    for number, (before, after, save, optimizer, operator) in enumerate(cells):
+        recipe = _recipe(optimizer, operator, save=save)
+        calm = _run(setting, recipe, f"calm {number}", 1)
+        name = f"stopped {number}"
+        _run(setting, recipe, name, before, stop=STOP)
+        if not _same_end(calm, _run(setting, recipe, name, after)):
+            wrong.append(f"{before} -> {after} ranks, {optimizer}, {operator}")
+    tried = (
+        f"stopped by a signal to one rank right after a growth, taken up by other numbers of ranks: {len(cells)} cells"
+    )
+    return Row("G3", tried, f"{len(cells) - len(wrong)} bit-equal to one process", "all", not wrong, "; ".join(wrong))
+
+
+def _recipe(optimizer: str, operator: str, **train: Any) -> dict[str, Any]:
+    stages = [FROM, {**INTO[operator], "duration": "640 tokens"}]
+    return {"stages": stages, "optimizer": {"name": optimizer}, "train": TRAIN | train}
+
+
+def _run(setting: Setting, recipe: dict[str, Any], name: str, size: int, stop: int | None = None) -> Path:
+    """The run folder after `size` ranks have carried the recipe out, or were told to stop after an update."""
+    runs = setting.place / name
+    runs.mkdir(exist_ok=True)
+    (runs / "recipe.yaml").write_text(yaml.safe_dump(setting.small.recipe(**recipe)))
+    codes = run_ranks(size, partial(_carry_out, setting, runs, stop), setting.place, seconds=120)
+    assert codes == [143 if stop else 0] * size, codes
+    return runs / NAME
+
+
+def _carry_out(setting: Setting, runs: Path, stop: int | None, world: World) -> int:
+    if stop is not None and world.rank == world.size - 1:
+        loop.update = _then_signalled(loop.update, stop)  # type: ignore[assignment]
+    return setting.small.carry_out(runs)
+
+
+def _then_signalled(update: Callable[..., Any], stop: int) -> Callable[..., Any]:
+    def updated(state: Any, *more: Any) -> Any:
+        done = update(state, *more)
+        if state.progress.step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    return updated
+
+
+def _losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(run / METRICS) if "loss" in line]
+
+
+def _same_end(one: Path, other: Path) -> bool:
+    """Whether final weights and the last checkpoint's optimizer are the same bits, however many ranks wrote them."""
+    return all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for ours, theirs in zip(_tensors(one), _tensors(other), strict=True)
+    )
+
+
+def _tensors(run: Path) -> list[dict[str, torch.Tensor]]:
+    last = run / f"checkpoint-{checkpoint.list_steps(run)[0]}"
+    folders = {run / FINAL: "*.safetensors", last / checkpoint.TRAINER: "optimizer*.safetensors"}
+    return [
+        {name: value for file in folder.glob(pattern) for name, value in load_file(file).items()}
+        for folder, pattern in folders.items()
+    ]

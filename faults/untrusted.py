@@ -1,0 +1,38 @@
+"""Hostile artefacts, opened by the readers that users' files come to (F20 to F23, goal G5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from faults import hostile
+from faults.hostile import ARTEFACTS, Artefact, Told
+from faults.sheet import Row
+from faults.small import Setting
+
+WHAT = {
+    "F20": "pickles, wherever a library might fall back to one",
+    "F21": "configs, templates and indexes that ask for code or other files",
+    "F22": "archives and links",
+    "F23": "hostile rows",
+}
+
+
+def hostile_files(setting: Setting) -> list[Row]:
+    """Each is opened in a child under an audit hook: what ran, what left its folder, and what the refusal says."""
+    hostile.warm()
+    chosen = setting.some(ARTEFACTS, share=10)  # all of them, unless less than a tenth of everything is wanted
+    told = [(artefact, hostile.tried(artefact)) for artefact in chosen]
+    rows = [_row(what, fault, [pair for pair in told if pair[0].fault == fault]) for fault, what in WHAT.items()]
+    clean = [(artefact, came) for artefact, came in told if artefact.fault == "clean"]
+    blamed = [artefact.name for artefact, came in clean if came.ended != "opened"]
+    tried = f"clean twins: {len(clean)} artefacts"
+    return [*rows, Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]))]
+
+
+def _row(what: str, fault: str, told: Sequence[tuple[Artefact, Told]]) -> Row:
+    acted = [artefact.name for artefact, came in told if came.seen]
+    astray = [artefact.name for artefact, came in told if came.ended != (artefact.error or "opened")]
+    mute = [artefact.name for artefact, came in told if artefact.error and not all(came.lines.values())]
+    figure = f"{len(acted)} executions or escapes; {len(astray)} not refused as they should; {len(mute)} without a mend"
+    wrong = [*acted, *astray, *mute]
+    return Row("G5", f"{fault}, {what}: {len(told)} artefacts", figure, "0; 0; 0", not wrong, "; ".join(wrong[:3]))
