@@ -339,7 +339,8 @@ def test_a_deadline_holds_whatever_the_server_does(serve, connect, fault):
         answer_all(connect(server, timeout_seconds=0.3, deadline_seconds=0.8), WRITTEN[:1])
     assert time.monotonic() - began < 4
     [tries] = server.came.values()
-    assert tries > 1 and sum(int(word.split(" ×")[0]) for word in late.value.found.split("; ")) == tries
+    told = sum(int(word.split(" ×")[0]) for word in late.value.found.split("; "))
+    assert tries > 1 and 0 <= told - tries <= 1, "the last may be on its way when the time is up"
 
 
 def test_when_one_is_given_up_the_others_were_yielded_and_are_kept(serve, connect):
