@@ -7,9 +7,9 @@
 
 Data ranks, replicate x shard, have rows of their own; those of a tensor group have the same rows.
 
-An update is the same, bit for bit, whatever number of data ranks (a power of two) shares it: micro-batches are dealt
-out one by one, gradients are added in pairs, pairs of pairs and so on, across ranks first, and what remains to be
-added up is added in float64.
+An update is the same, bit for bit, whatever number of data ranks (a power of two) shares it, as long as each has a
+micro-batch: these are dealt out one by one, gradients are added in pairs, pairs of pairs and so on, across ranks first,
+and what remains to be added up is added in float64. A tensor group adds products up in another order.
 """
 
 from __future__ import annotations
