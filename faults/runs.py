@@ -20,7 +20,8 @@ def random_kills(setting: Setting) -> list[Row]:
     calm, runs = ends_with(small.run), setting.folder("killed")
     seconds = calls.forked(partial(small.carry_out, setting.folder("timed"))).seconds
     done = finished = lost = differing = 0
-    while done < max(2, round(KILLS * setting.share)):
+    kills = max(2, min(KILLS, round(4 * KILLS * setting.share)))  # all of them with a quarter of everything
+    while done < kills:
         before = _newest(runs / NAME)
         end = calls.forked(partial(small.carry_out, runs), kill_after=dice.uniform(0.02, seconds))
         if end.killed:

@@ -87,10 +87,13 @@ class RankError(UserError):
     exit_code = 9
 
 
+PARTS = ("where", "found", "expected", "mend")
+
+
 def to_json(error: Exception) -> dict[str, str]:
     """An error as another process is told of it."""
     if isinstance(error, UserError):
-        return {"kind": type(error).__name__, **vars(error)}
+        return {"kind": type(error).__name__, **{part: getattr(error, part) for part in PARTS}}
     return {"kind": "", "where": f"{type(error).__name__}: {error}"}
 
 
@@ -100,7 +103,7 @@ def from_json(told: dict[str, str], *, rank: int) -> Exception:
     where = told["where"] if rank == 0 else f"rank {rank}: {told['where']}"
     if told["kind"] not in kinds:
         return RuntimeError(where)
-    return kinds[told["kind"]](where, **{key: told[key] for key in ("found", "expected", "mend")})
+    return kinds[told["kind"]](where, **{part: told[part] for part in PARTS[1:]})
 
 
 # Not errors: how a run that left a usable model may end early.

@@ -264,7 +264,8 @@ class Run:
             self._handler = None
 
     def _hold(self) -> None:
-        self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        with files.disk_errors(self.folder):
+            self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from espalier import errors, files
 
@@ -71,11 +72,13 @@ def carry_out(start: Start, arguments: Sequence[str]) -> int:
         # In a session of its own it hears Ctrl-C once, from here, and not from the terminal too.
         with (
             subprocess.Popen(start.command(arguments), env=environment, start_new_session=True) as process,
-            _passed_on(process),
+            _passed_on(process) as passed,
         ):
             code = process.wait()
         told = [int(path.read_text()) for path in sorted(Path(folder).iterdir())]
-    silent = code if len(told) < start.processes else 0
+    # A rank that was told to stop before it could save says nothing, and torchrun says 1.
+    stopped = 128 + passed[-1] if passed else code
+    silent = stopped if code and len(told) < start.processes else 0
     return next((code for code in told if code), silent)
 
 
@@ -95,12 +98,18 @@ def threads(processes: int) -> int:
 
 
 @contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Send the signals that ask this process to stop to another one, while the block lasts."""
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Send the signals that ask this process to stop to another one, while the block lasts; those that were."""
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
+        process.send_signal(number)
+
     stopping = (signal.SIGINT, signal.SIGTERM)
-    old = [signal.signal(number, lambda number, frame: process.send_signal(number)) for number in stopping]
+    old = [signal.signal(number, pass_on) for number in stopping]
     try:
-        yield
+        yield passed
     finally:
         for number, handler in zip(stopping, old, strict=True):
             signal.signal(number, handler)

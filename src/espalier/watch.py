@@ -167,7 +167,7 @@ class _Line:
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
             return [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None  # no rank writes so
 
 

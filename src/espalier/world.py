@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from espalier import errors, watch
-from espalier.errors import UserError
+from espalier.errors import ResourceError, UserError
 
 T = TypeVar("T")
 # The variables in which torchrun tells a process who it is.
@@ -62,6 +62,7 @@ class World:
             return
         backend = "gloo"
         if torch.cuda.is_available():
+            self._require_devices(torch.cuda.device_count())
             torch.cuda.set_device(self.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
@@ -70,6 +71,15 @@ class World:
                 yield
         finally:
             distributed.destroy_process_group()
+
+    def _require_devices(self, count: int) -> None:
+        if self.local_size > count:
+            raise ResourceError(
+                "processes",
+                found=f"{self.local_size} of them for {count} GPUs",
+                expected="a GPU for each",
+                mend=f"Start {count} processes on this machine.",
+            )
 
     def gathered(self, value: Any) -> list[Any]:
         """Every rank's value, in their order."""

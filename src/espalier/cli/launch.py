@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from espalier import errors, files, recipe
-from espalier.cli.methods import Overrides, Runs
+from espalier.cli.methods import AcceptChanges, AcceptData, Overrides, Runs
 
 if TYPE_CHECKING:
     from espalier.pipeline import PretrainRecipe
@@ -47,6 +47,8 @@ def here(
     max_restarts: Annotated[int, typer.Option(min=0, help="How often all start again after one failed.")] = 0,
     grace: Annotated[int, typer.Option(min=0, help="Seconds in which a run that is told to stop can save.")] = 300,
     runs: Runs = Path("runs"),
+    accept_changes: AcceptChanges = "",
+    accept_data: AcceptData = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print torchrun's command, and stop.")] = False,
 ) -> None:
     """Start a recipe's processes on this machine by torchrun; the same on every machine, if there are several.
@@ -67,6 +69,8 @@ def here(
         logs=runs / f"{resolved.name}.ranks",
     )
     arguments = ["run", str(recipe), *(overrides or []), "--runs", str(runs)]
+    arguments += ["--accept-changes", accept_changes] if accept_changes else []
+    arguments += ["--accept-data", accept_data] if accept_data else []
     if dry_run:
         typer.echo(shlex.join(start.command(arguments)))
         return

@@ -19,6 +19,7 @@ AcceptChanges = Annotated[
     str, typer.Option(metavar="KEY,KEY", help="Changed keys by which the rest of a run may be computed otherwise.")
 ]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.", envvar="ESPALIER_RUNS")]
+AcceptData = Annotated[str, typer.Option(metavar="HASH", help="Go on with these other data.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from espalier.cli.methods import AcceptChanges, Overrides, Runs
+from espalier.cli.methods import AcceptChanges, AcceptData, Overrides, Runs
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its price, and stop.")]
 
@@ -24,7 +24,7 @@ def run(
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
     accept_changes: AcceptChanges = "",
-    accept_data: Annotated[str, typer.Option(metavar="HASH", help="Go on with these other data.")] = "",
+    accept_data: AcceptData = "",
 ) -> None:
     """Plan, train by growing, evaluate and report, as a recipe says. Run it again to take up an unfinished run."""
     from espalier import pipeline

@@ -226,7 +226,7 @@ class _Split:
 def _require_few_bad(recipe: DataRecipe, quarantine: Quarantine, rows: int) -> None:
     """Refuse a text of which more couldn't be read than its recipe allows."""
     bad = quarantine.counts.total()
-    if bad <= recipe.bad_rows * rows:
+    if bad / max(rows, 1) <= recipe.bad_rows:
         return
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(quarantine.counts.items()))
     places = ", ".join(origin for origin, _ in quarantine.first[:5])

@@ -248,7 +248,12 @@ class Saver:
 
 def _new_folder(path: Path, need_bytes: int) -> str:
     folder = files.new_folder(path, need_bytes=need_bytes)
-    (folder / TRAINER).mkdir()
+    with files.disk_errors(path, need_bytes):
+        try:
+            (folder / TRAINER).mkdir()
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     return str(folder)
 
 

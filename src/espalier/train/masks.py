@@ -54,8 +54,7 @@ class Masks:
 
     def __init__(self, weights: Mapping[str, Tensor], slots: Slots, unmasked: Mapping[str, Tensor]) -> None:
         self.slots = slots
-        self.unmasked = {name: part(unmasked[name].detach(), weights[name]).clone() for name in slots.names}
-        self._weights = {name: weights[name] for name in slots.names}
+        self.unmasked = {name: _copied(unmasked[name].detach(), weights[name]) for name in slots.names}
         self._factors: dict[str, Tensor] = {}
 
     def set_level(self, level: float) -> None:
@@ -87,3 +86,8 @@ class Masks:
     def _show(self) -> None:
         for name, unmasked in self.unmasked.items():
             local(self._weights[name]).copy_(local(unmasked) * self._factors[name])
+
+
+def _copied(value: Tensor, weight: Tensor) -> Tensor:
+    """A copy of a value, shared and placed as a weight is."""
+    return part(value, weight).to(local(weight).device, copy=True)

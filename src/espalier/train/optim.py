@@ -132,7 +132,7 @@ class Optimizer:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     optimizer.state[weight] = {
-                        key: part(value, weight).clone()
+                        key: part(value, weight).to(local(weight).device, copy=True)
                         for key, value in state.get(self.names[weight], {}).items()
                         if key != UNMASKED
                     }
