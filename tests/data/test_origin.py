@@ -10,7 +10,7 @@ import pytest
 from espalier import files
 from espalier.data import origin, tokenizer
 from espalier.data.prepare import DataRecipe, corpus
-from espalier.errors import DataError, ModelError
+from espalier.errors import DataError, ModelError, RunError
 from espalier.folder import MADE, ModelFolder
 
 
@@ -134,3 +134,14 @@ def test_a_run_whose_sources_changed_is_refused_and_the_model_kept(espalier, rec
     done = espalier("run", recipe)
     assert done.code == 3 and "another tokenizer than the run began with" in done.err
     assert (folder / "checkpoint-7").exists()
+
+
+@pytest.mark.parametrize("record", [None, "{}", "[]", "null"])
+def test_a_run_that_lost_its_record_is_not_given_a_new_one(begin, tmp_path, record):
+    begin()
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / origin.RECORD).unlink()
+    if record is not None:
+        (tmp_path / origin.RECORD).write_text(record)
+    with pytest.raises(RunError, match="no record of the data"):
+        begin()

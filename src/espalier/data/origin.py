@@ -12,7 +12,7 @@ from pathlib import Path
 from espalier import files
 from espalier.data import tokenizer as tokenizers
 from espalier.data.prepare import Corpus
-from espalier.errors import DataError
+from espalier.errors import DataError, RunError
 from espalier.run import read_json
 
 RECORD = "data.json"
@@ -44,9 +44,16 @@ def require_same(folder: Path, corpus: Corpus, *, accept: str, tell: Callable[[s
     accept  the digest of the data with which the run may go on; it is recorded then
     """
     now, kept = Origin.of(corpus), read_json(folder / RECORD, None)
-    if kept is None:
+    if kept is None and not any(folder.glob("checkpoint-*")):
         files.write_json(folder / RECORD, asdict(now))
         return
+    if not isinstance(kept, dict) or not {"tokenizer", "shards"} <= kept.keys():
+        raise RunError(
+            str(folder / RECORD),
+            found="no record of the data that the run began with",
+            expected="the hashes that it wrote then",
+            mend="Restore the file, or begin another run with another name=...",
+        )
     before = Origin(kept["tokenizer"], kept["shards"])
     if now == before:
         return
@@ -80,7 +87,7 @@ def _other_tokenizer(folder: Path, corpus: Corpus, before: Origin, now: Origin) 
         found=f"another tokenizer than the run began with ({_short(now.tokenizer)}{first})",
         expected=f"the one that the model's ids stand for ({_short(before.tokenizer)})",
         mend="Restore the sources that it was trained on, or begin another run with another name=...; state "
-        "data.tokenizer=FOLDER to keep one tokenizer while texts change.",
+        "data.tokenizer=FOLDER from its start to keep one tokenizer while texts change.",
     )
 
 

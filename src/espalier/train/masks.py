@@ -55,6 +55,7 @@ class Masks:
     def __init__(self, weights: Mapping[str, Tensor], slots: Slots, unmasked: Mapping[str, Tensor]) -> None:
         self.slots = slots
         self.unmasked = {name: _copied(unmasked[name].detach(), weights[name]) for name in slots.names}
+        self._weights = {name: weights[name] for name in slots.names}
         self._factors: dict[str, Tensor] = {}
 
     def set_level(self, level: float) -> None:
