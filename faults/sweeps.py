@@ -219,7 +219,7 @@ def _limited_row(tried: str, ends: list[End], setting: Setting) -> Row:
             wrong.append(str(told or end.error)[-300:])
     slowest = max(end.seconds for end in ends)
     figure = f"{len(ends) - fitted} refused, {fitted} saved whole, {len(wrong)} wrong; slowest {slowest:.1f} s"
-    wanted = f"0 wrong, most refused: older one newest and whole, ResourceError, nothing left behind; exit <= {MOST_SECONDS:g} s"
+    wanted = f"0 wrong: older one newest and whole, ResourceError, nothing left behind; exit <= {MOST_SECONDS:g} s"
     reached = not wrong and slowest <= MOST_SECONDS and fitted < len(ends) / 2
     return Row("G1", tried, figure, wanted, reached, "; ".join(wrong[:SHOWN]))
 
