@@ -201,7 +201,7 @@ def require_memory_of_ranks(recipe: PlannedRecipe, row: Hardware, parallel: Para
     layout = Layout(data=parallel.shard, tensor=parallel.tensor, sharding="full")
     update = Update(
         rows=recipe.rows // parallel.replicate,
-        micro_rows=min(recipe.micro_rows, recipe.rows // parallel.data_ranks),
+        micro_rows=parallel.micro_rows(recipe.rows, recipe.micro_rows),
         sequence_length=recipe.data.sequence_length,
         compute="bfloat16" if recipe.train.bf16 == "on" else "float32",
         recompute=recipe.train.recompute,
@@ -376,7 +376,7 @@ def _probe(
             recipe.optimizer,
             objective,
             device,
-            micro_rows=min(recipe.micro_rows, recipe.rows // parallel.data_ranks),
+            micro_rows=parallel.micro_rows(recipe.rows, recipe.micro_rows),
             sequence_length=recipe.data.sequence_length,
             home=files.home(),
             parallel=parallel,

@@ -179,6 +179,20 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks_with_the_same_bits(
     assert ranks(resumed_by, go_on) == [bits(expected)] * resumed_by
 
 
+def test_copies_that_nobody_shares_are_saved_as_they_were(train, spec, ranks, tmp_path):
+    def save(world: World) -> str:
+        parallel = Parallel.over(world, ParallelRecipe(shard=1), "cpu")
+        state, _ = train(parallel, 2)
+        before = bits(state)
+        held = checkpoint.Held.of(dict(state.model.named_parameters()), parallel, copies=True)
+        live = {name: local(weight.detach()).data_ptr() for name, weight in state.model.named_parameters()}
+        assert all(value.data_ptr() != live[name] for name, value in held.tensors.items())
+        return before
+
+    first, second = ranks(2, save)
+    assert first == second
+
+
 def test_a_rank_that_cannot_write_leaves_the_checkpoint_before(train, ranks, tmp_path, monkeypatch):
     def work(world: World) -> str:
         parallel = Parallel.of(world, ParallelRecipe(), "cpu")
@@ -255,6 +269,14 @@ def test_ranks_that_cannot_be_divided_so_are_refused(world, recipe, key):
 def test_rows_that_ranks_cannot_share_are_refused():
     with pytest.raises(RecipeError, match="7 rows an update over 2 data ranks"):
         Parallel(World(0, 2, 0, 2), shard=2).require_rows(7)
+
+
+@given(rows=st.integers(1, 64), most=st.integers(1, 16), size=st.integers(1, 8))
+def test_every_rank_makes_as_many_passes(rows, most, size):
+    parallel, rows = Parallel(World(0, size, 0, size), shard=size), rows * size
+    micro = parallel.micro_rows(rows, most)
+    dealt = np.bincount(np.arange(rows) // micro % size, minlength=size)
+    assert micro <= most and len(set(dealt.tolist())) == 1
 
 
 @given(st.integers(1, 40))

@@ -39,7 +39,7 @@ from espalier.model.shards import load_file
 from espalier.train.device import Device
 from espalier.train.guards import Guards
 from espalier.train.optim import State
-from espalier.train.parallel import ALONE, Parallel, empty, whole
+from espalier.train.parallel import ALONE, Parallel, empty, local, whole
 from espalier.world import World
 
 TRAINER = "trainer"
@@ -95,7 +95,9 @@ class Held:
         for name, value in tensors.items():
             together = whole(value.detach())
             if owners[name] == parallel.world.rank:
-                kept[name] = together.to("cpu", copy=copies and together.data_ptr() == value.data_ptr()).contiguous()
+                kept[name] = together.to(
+                    "cpu", copy=copies and together.data_ptr() == local(value).data_ptr()
+                ).contiguous()
         return cls(kept, owners, sizes)
 
     def write(self, folder: Path, stem: str, world: World) -> dict[str, dict[str, Any]]:

@@ -171,7 +171,7 @@ def update(
     begin = time.perf_counter()
     progress = state.progress
     start = progress.guards.next_samples(progress.samples, segment.rows)
-    micro_rows = min(segment.micro_rows, segment.rows // parallel.data_ranks)
+    micro_rows = parallel.micro_rows(segment.rows, segment.micro_rows)
     rank, ranks = parallel.data_rank, parallel.data_ranks
     watch.at(progress.step + 1, "reading data")
     batch = stream.batch(start, segment.rows, rank=rank, ranks=ranks, together=micro_rows)

@@ -70,6 +70,13 @@ class Parallel:
         """The ranks along each axis."""
         return {REPLICATE: self.replicate, SHARD: self.shard, TENSOR: self.tensor}
 
+    def micro_rows(self, rows: int, most: int) -> int:
+        """Rows of a forward pass: the most, up to what is asked for, of which every rank has as many passes."""
+        each = rows // self.data_ranks
+        if self.data_ranks == 1:
+            return min(most, each)
+        return max(size for size in range(1, min(most, each) + 1) if each % size == 0)
+
     def require_rows(self, rows: int) -> None:
         """Refuse updates whose rows can't be dealt out evenly."""
         if rows % self.data_ranks:
