@@ -278,6 +278,14 @@ def test_the_first_signal_is_noted_and_the_second_interrupts(start, number):
     assert signal.getsignal(number) is before
 
 
+def test_a_first_signal_after_another_rank_s_does_not_interrupt(start):
+    run = start()
+    with run.signals():
+        run.stop_signal = signal.SIGTERM  # as ranks agree
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.stop_signal == signal.SIGTERM
+
+
 @given(waits=st.lists(st.floats(0, 1e6), min_size=1, max_size=6), head_start=st.floats(0, 1e5))
 @settings(deadline=None, max_examples=25)
 def test_every_second_is_charged_once(tmp_path_factory, waits, head_start):

@@ -209,10 +209,13 @@ class Run:
     def signals(self) -> Iterator[None]:
         """Turn the first Ctrl-C or SIGTERM into `stop_signal`; a second one interrupts at once."""
 
+        heard: list[int] = []  # here: `stop_signal` may be another rank's
+
         def note(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None:
+            heard.append(number)
+            if len(heard) > 1:
                 raise KeyboardInterrupt
-            self.stop_signal = number
+            self.stop_signal = self.stop_signal or number
             self.tell(f"{signal.Signals(number).name}: saving after this step; once more to stop at once.")
 
         old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
