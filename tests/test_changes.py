@@ -29,7 +29,7 @@ ALLOWED = {
     "optimizer.adam_beta1 optimizer.adam_beta2 optimizer.adam_epsilon optimizer.muon_momentum optimizer.max_grad_norm "
     "schedule.lr_scheduler_type schedule.at_growth schedule.warmup_ratio schedule.decay_ratio schedule.min_ratio "
     "schedule.rewarm_ratio train.per_device_train_batch_size train.evaluations train.eval_tokens train.on_spike "
-    "train.spike_sigmas train.parallel.shard train.parallel.tensor train.parallel.gather",
+    "train.spike_sigmas train.parallel.shard train.parallel.tensor",
 }
 VERDICTS = {key: verdict for verdict, keys in ALLOWED.items() for key in keys.split()}
 LEAVES = dict(leaves(PretrainRecipe))

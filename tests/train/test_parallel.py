@@ -108,17 +108,15 @@ def test_a_tensor_group_makes_the_same_updates_but_for_rounding(train, ranks):
         torch.testing.assert_close(torch.tensor(first[1][name]), value, rtol=0.0, atol=0.02)
 
 
-def test_layers_that_are_recomputed_or_gathered_in_bfloat16_train(train, ranks):
-    def work(world: World) -> list:
-        exact = train(Parallel.over(world, ParallelRecipe(), "cpu"), 3)[1]
-        again = train(Parallel.over(world, ParallelRecipe(), "cpu"), 3, recompute="layers")[1]
-        coarse = train(Parallel.over(world, ParallelRecipe(gather="bfloat16"), "cpu"), 3, compute="bfloat16")[1]
-        return [exact, again, coarse]
+def test_layers_that_are_recomputed_or_multiply_in_bfloat16_train_alike(train, ranks):
+    ways = ({}, {"recompute": "layers"}, {"compute": "bfloat16"})
 
-    exact, again, coarse = ranks(2, work)[0]
-    assert again == exact
-    assert coarse != exact
-    torch.testing.assert_close(torch.tensor(coarse), torch.tensor(exact), rtol=0.05, atol=0.0)
+    def work(world: World) -> list:
+        return [train(Parallel.over(world, ParallelRecipe(), "cpu"), 3, **way)[1] for way in ways]
+
+    exact, again, coarse = expected = [train(ALONE, 3, **way)[1] for way in ways]
+    assert again == exact and coarse != exact
+    assert ranks(2, work) == [expected] * 2
 
 
 def test_ranks_multiply_in_float8_alike(train, ranks):

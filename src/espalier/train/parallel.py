@@ -8,8 +8,9 @@
 Data ranks, replicate x shard, have rows of their own; those of a tensor group have the same rows.
 
 An update is the same, bit for bit, whatever number of data ranks (a power of two) shares it, as long as each has a
-micro-batch: these are dealt out one by one, gradients are added in pairs, pairs of pairs and so on, across ranks first,
-and what remains to be added up is added in float64. A tensor group adds products up in another order.
+micro-batch and there are at most two copies, whose sum the network's library makes. Micro-batches are dealt out one by
+one, gradients are added in pairs, pairs of pairs and so on, across ranks first, and what remains to be added up is added
+in float64. A tensor group adds products up in another order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -42,16 +43,12 @@ WITHIN = "within_forward"
 
 @dataclass(frozen=True)
 class Parallel:
-    """The ranks of a world as copies, shards and tensor groups; a process by itself is one of each.
-
-    gather  dtype in which a layer's weights are sent
-    """
+    """The ranks of a world as copies, shards and tensor groups; a process by itself is one of each."""
 
     world: World = field(default_factory=World)
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
-    gather: torch.dtype = torch.float32
     mesh: DeviceMesh | None = None
 
     @classmethod
@@ -64,7 +61,7 @@ class Parallel:
         """All ranks of a world that is joined, as the recipe has it; `RecipeError` where they don't divide so."""
         sizes = replicate, shard, tensor = divided(world, recipe)
         mesh = init_device_mesh(kind, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR))
-        return cls(world, replicate, shard, tensor, getattr(torch, recipe.gather), mesh)
+        return cls(world, replicate, shard, tensor, mesh)
 
     def described(self) -> dict[str, int]:
         """The ranks along each axis."""
@@ -106,14 +103,13 @@ class Parallel:
     def spread(self, model: PreTrainedModel) -> None:
         """Shard a model over the data ranks, layer by layer, after all else was done to the layers.
 
-        Gradients are added up in fp32, whatever the dtype in which weights are gathered.
+        Weights are sent, and gradients added up, in fp32: so the arithmetic is that of one process.
         """
         if self.mesh is None:
             return
         mesh = self.mesh[REPLICATE, SHARD] if self.replicate > 1 else self.mesh[SHARD]
-        policy = MixedPrecisionPolicy(param_dtype=self.gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in model.base_model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -102,12 +102,10 @@ class ParallelRecipe(Recipe):
 
     shard   ranks that hold one copy together; all that there are, if not stated
     tensor  ranks that divide every product; a divisor of those on a machine
-    gather  dtype in which a layer's weights are sent to the ranks that need them
     """
 
     shard: int | None = Field(default=None, gt=0)
     tensor: int = Field(default=1, gt=0)
-    gather: Literal["float32", "bfloat16"] = "float32"
 
 
 class TrainRecipe(Recipe):
