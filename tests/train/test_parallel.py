@@ -239,7 +239,9 @@ def test_ranks_share_the_evaluation_and_agree_with_one_process(train, spec, stre
         state, _ = train(parallel, 1)
         lengths = np.ones(spec.vocab_size, np.int64)
         more = {"rows": 10, "micro_rows": 2, "parallel": parallel}
+        held = [local(weight).numel() for weight in state.model.parameters()]
         found = validate(state.model, stream, lengths, NextToken(), Device(), **more)
+        assert [local(weight).numel() for weight in state.model.parameters()] == held, "what was gathered is let go"
         train(parallel, 2, state)  # weights that were gathered for it don't hide those that are updated
         again = validate(state.model, stream, lengths, NextToken(), Device(), **more)
         return [found.loss, found.bpb, found.tokens, found.stderr, again.loss]

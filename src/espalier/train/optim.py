@@ -132,7 +132,7 @@ class Optimizer:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     optimizer.state[weight] = {
-                        key: part(value, weight).to(local(weight).device, copy=True)
+                        key: part(value, weight).to(_place(value, weight, group), copy=True)
                         for key, value in state.get(self.names[weight], {}).items()
                         if key != UNMASKED
                     }
@@ -152,3 +152,8 @@ def _groups_of(weights: Sequence[Tensor], **settings: Any) -> list[dict[str, Any
         groups.setdefault((getattr(weight, "device_mesh", None), weight.ndim > 1), []).append(weight)
     ways = {True: {"fused": True, "foreach": False}, False: {"fused": False, "foreach": True}}
     return [{"params": params, **ways[fused], **settings} for (_, fused), params in groups.items()] or [{"params": []}]
+
+
+def _place(value: Tensor, weight: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where a quantity lies: beside its weight, but for the count of steps of what isn't fused, which the CPU reads."""
+    return local(weight).device if value.ndim or group.get("fused") else torch.device("cpu")

@@ -9,8 +9,8 @@ Data ranks, replicate x shard, have rows of their own; those of a tensor group h
 
 An update is the same, bit for bit, whatever number of data ranks (a power of two) shares it, as long as each has a
 micro-batch and there are at most two copies, whose sum the network's library makes. Micro-batches are dealt out one by
-one, gradients are added in pairs, pairs of pairs and so on, across ranks first, and what remains to be added up is added
-in float64. A tensor group adds products up in another order.
+one; gradients are added in pairs, pairs of pairs and so on, across ranks first; what remains to be added up is added in
+float64. A tensor group adds products up in another order.
 """
 
 from __future__ import annotations
