@@ -1,7 +1,7 @@
 """The growth run: what it learned survives each growth and each interruption, on one data order, within the budget."""
 
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,12 +20,14 @@ from espalier.grow import apply
 from espalier.grow.progressive import GrowthRecipe, Outcome, Setting, grow_run
 from espalier.ledger import Cap, Cost, Rates
 from espalier.model import build
+from espalier.recipe import Recipe
 from espalier.run import METRICS, STAGE, Run, read_lines
 from espalier.train import checkpoint, loop
 from espalier.train.device import Device
 from espalier.train.objectives import NextToken
 from espalier.train.optim import UNMASKED, Optimizer
-from espalier.train.parallel import ALONE
+from espalier.train.parallel import ALONE, Parallel, whole
+from espalier.train.recipe import ParallelRecipe
 from espalier.train.validate import validate
 
 VOCABULARY = 300
@@ -66,9 +68,11 @@ def setting_of(stream, tmp_path):
     tokenizer.mkdir()
     byte_lengths = np.ones(VOCABULARY, np.int64)
 
-    def setting_of(run: Run, rows: int = 8, reserve: Cost | None = None, **device) -> Setting:
+    def setting_of(
+        run: Run, rows: int = 8, reserve: Cost | None = None, parallel: Parallel = ALONE, **device
+    ) -> Setting:
         def held_out(state):
-            more = {"rows": rows, "micro_rows": 4}
+            more = {"rows": rows, "micro_rows": 4, "parallel": parallel}
             return validate(state.model, stream, byte_lengths, NextToken(), Device(), **more)
 
         told = {"peak_flops": 1e9, "terminal": False, "objective": NextToken(), "device": Device(**device)}
@@ -77,7 +81,7 @@ def setting_of(stream, tmp_path):
             "end": reserve or Cost(),
             "share": 0.0,
             "keep": lambda plan: None,
-            "parallel": ALONE,
+            "parallel": parallel,
         }
         return Setting(run, stream, held_out, tokenizer=tokenizer, **told)
 
@@ -571,16 +575,25 @@ def spiked(make_run, setting_of, stream):
     the loss; saved every ten steps if not stated.
     """
 
-    def spiked(recipe: GrowthRecipe, *steps: int, run: Run, save_steps: int = 10, on_spike: str = "rewind") -> Outcome:
-        poisoned = [torch.from_numpy(stream.batch(4 * (step - 1), 4).input_ids) for step in steps]
+    def spiked(
+        recipe: GrowthRecipe,
+        *steps: int,
+        run: Run,
+        save_steps: int = 10,
+        on_spike: str = "rewind",
+        parallel: Parallel = ALONE,
+        **train,
+    ) -> Outcome:
+        poisoned = [{row.tobytes() for row in stream.batch(4 * (step - 1), 4).input_ids} for step in steps]
 
         def objective(model, inputs, *more):
             loss = NextToken()(model, inputs, *more)
-            return loss * 100 if any(torch.equal(inputs, bad) for bad in poisoned) else loss
+            rows = {row.numpy().tobytes() for row in inputs}
+            return loss * 100 if any(rows <= bad for bad in poisoned) else loss
 
-        told = recipe.train.model_copy(update={"save_steps": save_steps, "on_spike": on_spike})
+        told = recipe.train.model_copy(update={"save_steps": save_steps, "on_spike": on_spike, **train})
         recipe = recipe.model_copy(update={"train": told})
-        return grow_run(recipe, plan_of(recipe), replace(setting_of(run), objective=objective))
+        return grow_run(recipe, plan_of(recipe), replace(setting_of(run, parallel=parallel), objective=objective))
 
     return spiked
 
@@ -622,6 +635,32 @@ def test_a_run_that_crashed_around_a_rewind_ends_with_the_same_bits(spiked, make
     assert resumed.state.progress == whole.state.progress and resumed.held_out == whole.held_out
     expected = whole.state.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
+
+
+def everything(outcome: Outcome) -> str:
+    """A digest of what a run has made: weights, moments, progress, held-out loss."""
+    state = outcome.state
+    weights = [whole(weight.detach()) for weight in state.model.parameters()]
+    moments = [whole(value) for _, of in sorted(state.optimizer.state().items()) for _, value in sorted(of.items())]
+    values = [value.contiguous().numpy().tobytes().hex() for value in weights + moments]
+    return files.digest([values, state.progress.counts, asdict(state.progress.guards), outcome.held_out.loss])
+
+
+@pytest.mark.parametrize("save", ["at once", "beside"])
+@pytest.mark.parametrize("shape", [{}, {"shard": 1}], ids=["shards", "copies"])
+@pytest.mark.parametrize("step", [51, 60], ids=["between saves", "at a save"])
+def test_ranks_rewind_to_the_bits_of_one_process(spiked, make_run, ranks, tmp_path, save, shape, step):
+    recipe = recipe_of(SMALL, steps=70)
+    told = {"per_device_train_batch_size": 2}
+    alone = spiked(recipe, step, run=make_run(), save="at once", **told)
+    assert alone.state.progress.guards.rewinds == 1
+
+    def work(world):
+        run = Run.start(tmp_path / f"{step} {save} {shape}", Recipe(), tell=lambda line: None, world=world)
+        parallel = Parallel.over(world, ParallelRecipe(**shape), "cpu")
+        return everything(spiked(recipe, step, run=run, parallel=parallel, save=save, **told))
+
+    assert ranks(2, work) == [everything(alone)] * 2
 
 
 def test_a_spike_that_is_only_told_changes_nothing(spiked, make_run, told):
