@@ -22,7 +22,7 @@ from espalier.ledger import Cap, Cost, Rates
 from espalier.model import build
 from espalier.recipe import Recipe
 from espalier.run import METRICS, STAGE, Run, read_lines
-from espalier.train import checkpoint, loop
+from espalier.train import checkpoint, guards, loop
 from espalier.train.device import Device
 from espalier.train.objectives import NextToken
 from espalier.train.optim import UNMASKED, Optimizer
@@ -661,6 +661,36 @@ def test_ranks_rewind_to_the_bits_of_one_process(spiked, make_run, ranks, tmp_pa
         return everything(spiked(recipe, step, run=run, parallel=parallel, save=save, **told))
 
     assert ranks(2, work) == [everything(alone)] * 2
+
+
+@pytest.mark.parametrize("save", ["at once", "beside"])
+@pytest.mark.parametrize("name", ["newest", "pass_over", "list_steps"])
+@pytest.mark.parametrize("step, save_steps", [(60, 10), (63, 9)])
+def test_a_run_that_crashed_while_it_went_back_goes_back_again(
+    spiked, make_run, reopened, monkeypatch, told, step, save_steps, name, save
+):
+    """A step at which a checkpoint is due is no other; of (63, 9) it would have pushed out the last one from before."""
+    recipe, run = recipe_of(SMALL, steps=80), make_run()
+    train = {"save_steps": save_steps, "save": save}
+    whole = spiked(recipe, step, run=make_run(), **train)
+    assert whole.state.progress.guards.rewinds == 1
+
+    def crash(*arguments, **more):
+        raise ZeroDivisionError
+
+    original = guards.Guards.after
+
+    def after(self, *arguments, **more):
+        found = original(self, *arguments, **more)
+        if found.sigmas > recipe.train.spike_sigmas:
+            patch.setattr(checkpoint, name, crash)
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(guards.Guards, "after", after)
+        spiked(recipe, step, run=run, **train)
+    resumed = spiked(recipe, step, run=reopened(run), **train)
+    assert everything(resumed) == everything(whole)
 
 
 def test_a_spike_that_is_only_told_changes_nothing(spiked, make_run, told):

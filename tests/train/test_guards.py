@@ -270,10 +270,22 @@ def keep(tmp_path):
 def test_a_loop_ends_at_a_spike_and_goes_on_from_there(begin, stream, segment, device, meter):
     calls = iter(range(10_000))
     objective = lambda *inputs: next_token(*inputs) * (10 if next(calls) == 2 * 40 else 1)  # noqa: E731
-    state, told = begin(), segment(60, spike_sigmas=LIMIT)
-    assert train(state, stream, told, objective, device, meter) == "spike"
+    state, told, seen = begin(), segment(60, spike_sigmas=LIMIT), []
+    watched = [lambda state, step: seen.append(state.progress.step)]
+    ends = {"moments": watched, "ends_at": lambda state: state.progress.step == 41}
+    assert train(state, stream, told, objective, device, meter, **ends) == "spike"
     assert (state.progress.step, state.progress.guards.losses) == (41, ())
-    assert train(state, stream, told, objective, device, meter) == "done"
+    assert seen == list(range(1, 41)), "what ends at a spike isn't logged, evaluated or saved"
+    assert train(state, stream, told, objective, device, meter, **ends) == "done"
+
+
+def test_a_loop_goes_on_at_a_spike_that_nobody_ends_at(begin, stream, segment, device, meter):
+    calls, asked = iter(range(10_000)), []
+    objective = lambda *inputs: next_token(*inputs) * (10 if next(calls) == 2 * 40 else 1)  # noqa: E731
+    ends_at = lambda state: asked.append(state.progress.step)  # noqa: E731
+    state = begin()
+    assert train(state, stream, segment(60, spike_sigmas=LIMIT), objective, device, meter, ends_at=ends_at) == "done"
+    assert (state.progress.step, asked) == (60, [41])
 
 
 @pytest.mark.parametrize("at", [5, 7, 9])

@@ -304,6 +304,7 @@ def _train(
     number = state.progress.stage
     stage = pace.plan.stages[number]
     meter.expect(stage.cost * (1 / stage.steps))
+    goes_back = partial(_goes_back, recipe, setting, saver, meter, stage.rows)
     while state.progress.step < stage.last_step:
         segment = Segment(
             until_step=pace.next_look(state.progress),
@@ -323,9 +324,8 @@ def _train(
             meter,
             watched,
             setting.parallel,
+            ends_at=goes_back,
         )
-        if ending == "spike" and not _goes_back(recipe, setting, saver, state.progress, stage.rows):
-            continue
         if ending != "done":
             return ending
         pace.look(state.progress)
@@ -333,14 +333,17 @@ def _train(
     return "done"
 
 
-def _goes_back(recipe: GrowthRecipe, setting: Setting, saver: Saver, progress: Progress, rows: int) -> bool:
+def _goes_back(
+    recipe: GrowthRecipe, setting: Setting, saver: Saver, meter: Meter, rows: int, state: State
+) -> bool:
     """Whether a spike at the latest step leads back to an earlier checkpoint, the newest from now on; told either way.
 
     rows  samples of an update
     """
     from espalier.train import checkpoint, guards
 
-    run, remembered = setting.run, progress.guards
+    run, progress, remembered = setting.run, state.progress, state.progress.guards
+    meter.flush(state)
     spike = f"Spike {remembered.sigmas:.1f} sigma at step {progress.step}"
     path = None
     if recipe.train.on_spike == "rewind" and remembered.rewinds < guards.MOST_REWINDS:
