@@ -1,6 +1,11 @@
 """The growth run: what it learned survives each growth and each interruption, on one data order, within the budget."""
 
+import gc
+import math
 import signal
+import threading
+import time
+import weakref
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -14,12 +19,12 @@ from espalier import files
 from espalier import run as run_module
 from espalier.budget import flops
 from espalier.budget.plan import Plan, plan
-from espalier.errors import BudgetError, ModelError
+from espalier.errors import BudgetError, ModelError, NumericsError
 from espalier.folder import ModelFolder
 from espalier.grow import apply
 from espalier.grow.progressive import GrowthRecipe, Outcome, Setting, grow_run
 from espalier.ledger import Cap, Cost, Rates
-from espalier.model import build
+from espalier.model import build, shards
 from espalier.recipe import Recipe
 from espalier.run import METRICS, STAGE, Run, read_lines
 from espalier.train import checkpoint, guards, loop
@@ -593,7 +598,8 @@ def spiked(make_run, setting_of, stream):
 
         told = recipe.train.model_copy(update={"save_steps": save_steps, "on_spike": on_spike, **train})
         recipe = recipe.model_copy(update={"train": told})
-        return grow_run(recipe, plan_of(recipe), replace(setting_of(run, parallel=parallel), objective=objective))
+        setting = setting_of(run, parallel=parallel, recompute=told.recompute)
+        return grow_run(recipe, plan_of(recipe), replace(setting, objective=objective))
 
     return spiked
 
@@ -691,6 +697,77 @@ def test_a_run_that_crashed_while_it_went_back_goes_back_again(
         spiked(recipe, step, run=run, **train)
     resumed = spiked(recipe, step, run=reopened(run), **train)
     assert everything(resumed) == everything(whole)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_a_rewind_leaves_neither_a_thread_nor_a_model_behind(spiked, make_run, monkeypatch, request, recompute):
+    layers, alive, original = [], [], checkpoint.load
+
+    def load(*arguments):
+        alive.append(sum(layer() is not None for layer in layers))
+        loaded = original(*arguments)
+        layers.append(weakref.ref(loaded[0].base_model.layers[0]))
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    gc.disable()  # it would come by itself, some time
+    request.addfinalizer(gc.enable)
+    outcome = spiked(recipe_of(SMALL, steps=220), 51, 101, 151, run=make_run(), save="beside", recompute=recompute)
+    assert outcome.state.progress.guards.rewinds == len(layers) == 3
+    assert alive == [0, 0, 0] and layers[-1]() is outcome.state.model.base_model.layers[0]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def slow_to_write(monkeypatch) -> None:
+    """Have weights still being written when the next steps are done."""
+    original = shards.write_tensors
+
+    def write_tensors(*arguments):
+        time.sleep(0.5)
+        return original(*arguments)
+
+    monkeypatch.setattr(shards, "write_tensors", write_tensors)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_being_saved_when_numbers_go_wrong_is_there_afterwards(
+    setting_of, make_run, stream, ranks, monkeypatch, tmp_path, size
+):
+    slow_to_write(monkeypatch)
+    recipe = recipe_of(SMALL, steps=60)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"save": "beside"})})
+
+    def work(world):
+        calls = iter(range(1000))
+
+        def objective(model, *inputs):
+            return NextToken()(model, *inputs) * (math.nan if next(calls) >= 12 else 1)
+
+        run = Run.start(tmp_path / "run", Recipe(), tell=lambda line: None, world=world)
+        parallel = Parallel.of(world, ParallelRecipe(), "cpu")
+        setting = replace(setting_of(run, parallel=parallel), objective=objective)
+        with pytest.raises(NumericsError, match="step 15"):
+            grow_run(recipe, plan_of(recipe), setting)
+        return checkpoint.newest(run.folder, print, world).name
+
+    assert ranks(size, work) == ["checkpoint-12"] * size
+    assert not list((tmp_path / "run").glob(f"{files.PARTIAL}*"))
+
+
+def test_an_error_of_one_process_keeps_what_is_being_saved(carry_out, make_run, monkeypatch):
+    slow_to_write(monkeypatch)
+    original, run = loop.update, make_run()
+
+    def update(state, *more):
+        assert state.progress.step < 5
+        return original(state, *more)
+
+    monkeypatch.setattr(loop, "update", update)
+    recipe = recipe_of(SMALL)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"save": "beside"})})
+    with pytest.raises(AssertionError):
+        carry_out(recipe, run)
+    assert checkpoint.newest(run.folder, print).name == "checkpoint-4"
 
 
 def test_a_spike_that_is_only_told_changes_nothing(spiked, make_run, told):

@@ -6,6 +6,7 @@ model grows by the operators that the later stage names, its optimizer state wit
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -211,17 +212,16 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         keep=setting.keep,
     )
     while (outcome := _from_newest(recipe, pace, setting)) is None:
+        gc.collect()  # layers whose pass is wrapped refer to themselves: the model would stay beside the one to come
         setting = replace(setting, changed=True)  # what was done in vain is missing at the end
     return outcome
 
 
 def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome | None:
     """Train from the newest checkpoint, or from the start, to the end; None after a spike that led back to another."""
-    from espalier.train import moments
     from espalier.train.checkpoint import Saver
-    from espalier.train.loop import Meter
 
-    run, plan, device = setting.run, pace.plan, setting.device
+    run, plan = setting.run, pace.plan
     state = _resume(recipe, plan, setting)
     if state is None:
         run.world.led(lambda: _require_reserve(plan, setting))
@@ -229,17 +229,26 @@ def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome 
     run.went_on(state.progress.step)
     if state.progress.step:
         pace.adapt(state.progress, 1.0, changed=setting.changed)
-    meter = Meter(run, setting.reserve)
     run.charge("start")
-    beside = recipe.train.save == "beside" or (recipe.train.save == "auto" and device.kind == "cuda")
-    saver = Saver(
+    beside = recipe.train.save == "beside" or (recipe.train.save == "auto" and setting.device.kind == "cuda")
+    with Saver(
         run.folder,
         tokenizer=setting.tokenizer,
         keep=recipe.train.keep_checkpoints,
         every=recipe.train.keep_every,
         when="beside" if beside else "at once",
         parallel=setting.parallel,
-    )
+    ) as saver:
+        return _to_the_end(recipe, pace, setting, state, saver)
+
+
+def _to_the_end(recipe: GrowthRecipe, pace: Pace, setting: Setting, state: State, saver: Saver) -> Outcome | None:
+    """Train a state through the stages that are left; None after a spike that led back to another."""
+    from espalier.train import moments
+    from espalier.train.loop import Meter
+
+    run, plan = setting.run, pace.plan
+    meter = Meter(run, setting.reserve)
     save = moments.Save(
         run,
         meter,
@@ -333,9 +342,7 @@ def _train(
     return "done"
 
 
-def _goes_back(
-    recipe: GrowthRecipe, setting: Setting, saver: Saver, meter: Meter, rows: int, state: State
-) -> bool:
+def _goes_back(recipe: GrowthRecipe, setting: Setting, saver: Saver, meter: Meter, rows: int, state: State) -> bool:
     """Whether a spike at the latest step leads back to an earlier checkpoint, the newest from now on; told either way.
 
     rows  samples of an update

@@ -13,6 +13,7 @@ copy, from which a thread can write while training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -32,7 +33,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import PreTrainedModel
 
 from espalier import files
-from espalier.errors import RunError
+from espalier.errors import NumericsError, RunError, UserError
 from espalier.folder import INDEX, ModelFolder
 from espalier.model import build, shards
 from espalier.model.shards import load_file
@@ -170,7 +171,7 @@ def _write_model(
 
 
 class Saver:
-    """Writes checkpoints of a run and deletes what isn't kept.
+    """Writes checkpoints of a run and deletes what isn't kept; a context, at whose end nothing of it is at work.
 
     when   "at once", or "beside" the training, from a copy and by a thread: then a checkpoint is there a little later
     keep   how many of the newest stay, and of the others those whose step is a multiple of `every`
@@ -190,6 +191,18 @@ class Saver:
         self.when, self.parallel = when, parallel
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: tuple[int, Path, Future[dict[str, dict[str, Any]]]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Finish what is being written, which is from before the error, unless other ranks may not come to do so."""
+        if error is None:
+            self.finish()
+        elif isinstance(error, NumericsError) or (self.parallel.world.size == 1 and isinstance(error, Exception)):
+            with contextlib.suppress(UserError, OSError):  # the first error matters more than a full disk
+                self.finish()
+        self._threads.shutdown(wait=self._under_way is None)
 
     def begin(self, model: PreTrainedModel, optimizer_state: State, progress: Progress, *, need_bytes: int) -> None:
         """Save a state: when this returns the state may change; `finish` returns when the checkpoint is there."""

@@ -82,6 +82,7 @@ Moment = Callable[[State, Step], None]
 def _never(state: State) -> bool:
     return False
 
+
 # Steps by which the next one's cost is judged.
 LATEST = 16
 
