@@ -783,6 +783,21 @@ def test_a_run_without_a_checkpoint_from_before_goes_on(spiked, make_run, told):
     assert any(line.endswith("at step 51; training goes on.") for line in told)
 
 
+def test_a_run_whose_earlier_checkpoints_are_damaged_goes_on(spiked, make_run, told, monkeypatch):
+    run, original = make_run(), checkpoint.newest
+
+    def newest(*arguments, **more):
+        for path in run.folder.glob("checkpoint-*"):
+            (path / "config.json").write_text("{}")
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(checkpoint, "newest", newest)
+    outcome = spiked(recipe_of(SMALL, steps=60), 51, run=run)
+    assert outcome.state.progress.step == 60 and outcome.state.progress.guards.rewinds == 0
+    assert any("Nowhere to go back to: no checkpoint that is whole (checkpoint-40/config.json" in line for line in told)
+    assert any(line.endswith("at step 51; training goes on.") for line in told)
+
+
 def test_a_run_goes_back_a_few_times_only(spiked, make_run, told):
     outcome = spiked(recipe_of(SMALL, steps=220), 51, 101, 151, 201, run=make_run())
     assert [line.split(" at step ")[1].split(",")[0] for line in told if "Spike" in line] == [

@@ -1,5 +1,6 @@
 """Guards: numbers that aren't finite change nothing; spikes are found, nothing else is, and the same after a resume."""
 
+import errno
 import json
 import math
 import random
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -322,6 +324,31 @@ def test_passing_over_keeps_the_state_and_deletes_what_came_later(begin, keep, r
     assert progress.guards == Guards(losses=(3.0,), rewinds=2, skipped=((20, 24), (40, 50)))
     again = resume(paths[0])
     assert again.progress == progress and same(weights(again), weights(state))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_passing_over_does_not_change_is_not_written_again(begin, keep, monkeypatch, tmp_path, links):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "a disk without links")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refused)
+    state = begin()
+    state.optimizer.load_state({name: {"momentum": torch.ones(2)} for name in state.optimizer.names.values()})
+    path = keep(state)
+    before = {file: (file.read_bytes(), file.stat().st_ino) for file in path.rglob("*") if file.is_file()}
+    read, sha256 = [], files.sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", lambda file: read.append(file.name) or sha256(file))
+        pass_over(path, state.progress.guards, 20, 24)
+    assert read == ["progress.json"]
+    assert files.damage(path) is None and list(tmp_path.glob("*checkpoint*")) == [path]
+    changed = {path / files.MANIFEST, path / "trainer/progress.json"}
+    assert {file for file in path.rglob("*") if file.is_file()} == set(before)
+    for file, (content, number) in before.items():
+        assert (file.read_bytes() == content) == (file not in changed)
+        assert (file.stat().st_ino == number) == (links and file not in changed)
+        assert file.stat().st_nlink == 1
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -19,7 +19,7 @@ from pydantic import Field
 from espalier import units, watch
 from espalier.budget import flops, memory
 from espalier.budget.plan import Duration, DurationText, Plan
-from espalier.errors import BudgetError, ModelError
+from espalier.errors import BudgetError, ModelError, RunError
 from espalier.grow import operators
 from espalier.grow.operators import DepthOperator, WidthOperator
 from espalier.grow.pace import Pace
@@ -355,7 +355,10 @@ def _goes_back(recipe: GrowthRecipe, setting: Setting, saver: Saver, meter: Mete
     path = None
     if recipe.train.on_spike == "rewind" and remembered.rewinds < guards.MOST_REWINDS:
         saver.finish()
-        path = checkpoint.newest(run.folder, run.tell, run.world, until=progress.step - guards.LEADING - 1)
+        try:
+            path = checkpoint.newest(run.folder, run.tell, run.world, until=progress.step - guards.LEADING - 1)
+        except RunError as error:  # this state is whole, whatever became of those before it
+            run.tell(f"Nowhere to go back to: {error.found}.")
     if path is None:
         run.log_metrics(step=progress.step, stage=progress.stage, spike=remembered.sigmas)
         run.tell(f"{spike}; training goes on.")

@@ -45,6 +45,7 @@ from espalier.world import World
 
 TRAINER = "trainer"
 OPTIMIZER = "optimizer"
+PROGRESS = f"{TRAINER}/progress.json"
 SEPARATOR = "::"  # between a parameter's name and its quantity; neither contains it
 
 When = Literal["at once", "beside"]
@@ -153,7 +154,7 @@ class Snapshot:
         moments = self.moments.write(folder / TRAINER, OPTIMIZER, world)
         if world.leads:
             save_file({"torch": self.random}, folder / TRAINER / "random.safetensors")
-            files.write_json(folder / TRAINER / "progress.json", asdict(self.progress))
+            files.write_json(folder / PROGRESS, asdict(self.progress))
         return entries | {f"{TRAINER}/{name}": entry for name, entry in moments.items()}
 
 
@@ -402,19 +403,24 @@ def _by_parameter(flat: Mapping[str, Tensor]) -> State:
 
 
 def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | None = None) -> Progress:
-    """Make a checkpoint pass over samples [begin, end), and remember what `guards` do of rewinds; its progress.
+    """Make a checkpoint that is whole pass over samples [begin, end), and remember what `guards` do of rewinds; its
+    progress.
 
-    Those of later steps are deleted. One rank does it.
+    Those of later steps are deleted. One rank does it. What doesn't change isn't written again, where the disk can give
+    a file two names.
     """
     world = world or World()
     progress = world.together(lambda: _progress(path))
     progress = replace(progress, guards=guards.back_to(progress.guards, begin, end))
 
     def rewrite() -> None:
-        need = sum(file.stat().st_size for file in path.rglob("*"))
-        with files.whole_folder(path, need_bytes=need) as folder:
-            shutil.copytree(path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(files.MANIFEST))
-            files.write_json(folder / TRAINER / "progress.json", asdict(progress))
+        kept = json.loads((path / files.MANIFEST).read_text())["files"]
+        del kept[PROGRESS]
+        with files.whole_folder(path, known=kept) as folder:
+            (folder / TRAINER).mkdir()
+            for name in kept:
+                _give_name(path / name, folder / name)
+            files.write_json(folder / PROGRESS, asdict(progress))
         with files.disk_errors(path.parent):
             for step in list_steps(path.parent):
                 if step > progress.step:
@@ -424,5 +430,13 @@ def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | N
     return progress
 
 
+def _give_name(file: Path, name: Path) -> None:
+    """One more name for a file, or a copy where the disk has no such thing."""
+    try:
+        name.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, name)
+
+
 def _progress(path: Path) -> Progress:
-    return Progress.from_json(json.loads((path / TRAINER / "progress.json").read_text()))
+    return Progress.from_json(json.loads((path / PROGRESS).read_text()))
