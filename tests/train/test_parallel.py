@@ -30,9 +30,10 @@ ROWS, MICRO_ROWS = 8, 2
 
 
 @pytest.fixture
-def spec(spec):
+def spec(spec, request):
     """Four ranks have 12 of a vector's numbers each, which don't fill the processor's registers."""
-    return spec.changed(hidden_size=48, head_dim=12, num_attention_heads=4, num_key_value_heads=4)
+    sizes = {"hidden_size": 48, "head_dim": 12, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return spec.changed(**getattr(request, "param", sizes))
 
 
 @pytest.fixture
@@ -93,6 +94,23 @@ def test_ranks_make_the_updates_of_one_process_bit_for_bit(size, shape, optimize
 
     for of_rank in ranks(size, work):
         assert of_rank == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{"hidden_size": 36, "head_dim": 18, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 92}],
+    indirect=True,
+)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_matrices_whose_parts_do_not_fill_registers_are_updated_alike(optimizer, size, train, ranks):
+    alone, told = train(ALONE, 5, optimizer=optimizer)
+
+    def work(world: World) -> list:
+        state, told = train(Parallel.over(world, ParallelRecipe(), "cpu"), 5, optimizer=optimizer)
+        return [told, bits(state)]
+
+    assert ranks(size, work) == [[told, bits(alone)]] * size
 
 
 @pytest.mark.parametrize("shape", [{}, {"shard": 1}], ids=["shards", "copies"])
