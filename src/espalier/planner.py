@@ -1,8 +1,8 @@
 """Planner: from a recipe and the machine at hand to a plan and a way to compute, by measuring the recipe's own models.
 
 What isn't stated is tried: the dtype of the matmuls on the largest model, compilation where the run is long enough
-to repay a trial. The fastest way is kept in plan.json, and a run that is taken up again computes as it began; what is the
-machine's, threads and memory, is shared out anew among other ranks.
+to repay a trial. The fastest way is kept in plan.json, and a run that is taken up again computes as it began; what is
+the machine's, threads and memory, is shared out anew among other ranks.
 """
 
 from __future__ import annotations

@@ -156,6 +156,35 @@ def test_few_bundles_are_kept(begin, stream, segment, device, make_run):
     assert kept == [5, 7, 11]
 
 
+def test_a_run_that_went_back_keeps_the_bundles_from_before_and_those_from_after(
+    begin, stream, segment, device, make_run, told
+):
+    """Steps 8 to 12 before it went back to 4, and 5 to 9 afterwards."""
+    run, state = make_run(), begin()
+    train(state, stream, segment(7), next_token, device, Meter(run, Cost()))
+    for rewinds, step in ((0, 7), (1, 4), (2, 4)):
+        guarded = Guards(rewinds=rewinds)
+        state.progress = replace(state.progress, step=step, samples=4 * step + rewinds, guards=guarded)
+        train(state, stream, segment(step + 5), spoiled(0, 4, 8), device, Meter(run, Cost()))
+        bundles = {path.name: json.loads((path / "bundle.json").read_text()) for path in bundles_of(run)}
+        branch = f"-rewind-{rewinds}" if rewinds else ""
+        assert set(bundles) == {f"step-{step + more}{branch}" for more in (1, 3, 5)}
+        assert [bundle["progress"]["samples"] % 4 for bundle in bundles.values()] == [rewinds] * 3
+        assert all(any(f"bundle at {path}" in line for line in told) for path in bundles_of(run))
+
+
+def test_what_was_just_told_of_is_kept_whatever_its_number(begin, stream, segment, device, make_run):
+    run, state = make_run(), begin()
+    for step in (20, 22, 24, 5):
+        state.progress = replace(state.progress, step=step, guards=Guards())
+        train(state, stream, segment(step + 1), spoiled(0), device, Meter(run, Cost()))
+    assert {path.name for path in bundles_of(run)} == {"step-6", "step-23", "step-25"}
+
+
+def bundles_of(run: Run) -> list[Path]:
+    return list((run.folder / guards.BUNDLES).iterdir())
+
+
 def losses_of(seed: int, steps: int, *, growth: int | None = None, tails: int | None = None) -> np.ndarray:
     """A loss that falls by a power law and waves, jumps up at a growth, and decays over the last 40%.
 
