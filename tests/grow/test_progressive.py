@@ -3,6 +3,7 @@
 import gc
 import math
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from espalier import files, records
 from espalier import run as run_module
@@ -522,6 +524,61 @@ def test_a_growth_that_breaks_its_promise_is_refused_and_the_model_before_it_kep
     _, moments, progress = checkpoint.load(path, Device())
     assert (progress.step, progress.stage) == (6, 0) and moments
     assert not any("growth" in line for line in records.read_lines(run.folder / METRICS))
+
+
+class Coarse(torch.nn.Linear):
+    """Multiplies what float8 leaves of its input and its weights; gradients pass as they are."""
+
+    def forward(self, inputs):
+        return F.linear(*(value + (coarse(value) - value).detach() for value in (inputs, self.weight)), self.bias)
+
+
+def coarse(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.float8_e4m3fn).to(value.dtype)
+
+
+@pytest.fixture
+def float8(monkeypatch):
+    """A package that makes products in float8 as torchao does: by modules of its own, under the old names."""
+
+    def convert(layer, config):
+        for module in list(layer.modules()):
+            for name, child in module.named_children():
+                if type(child) is torch.nn.Linear:
+                    other = Coarse(child.in_features, child.out_features, child.bias is not None, device="meta")
+                    other.weight, other.bias = child.weight, child.bias
+                    setattr(module, name, other)
+
+    made = SimpleNamespace(Float8LinearConfig=lambda emulate: None, convert_to_float8_training=convert)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=made))
+    monkeypatch.setitem(sys.modules, "torchao.float8", made)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("growth", [LARGE | {"depth": "identity"}, SMALL | {"hidden_size": 64}], ids=["both", "wider"])
+def test_a_growth_in_float8_is_held_to_its_promise_without_the_rounding(
+    setting_of, stream, ranks, float8, tmp_path, growth, size
+):
+    recipe = recipe_of(SMALL, growth)
+
+    def work(world):
+        run = Run.start(tmp_path / "run", Recipe(), tell=lambda line: None, world=world)
+        parallel = Parallel.of(world, ParallelRecipe(), "cpu")
+        setting = setting_of(run, parallel=parallel, compute="float8")
+        model = grow_run(recipe, plan_of(recipe), setting).state.model
+        products = [module for module in model.modules() if isinstance(module, Coarse)]
+        assert products and not any("forward" in vars(module) for module in products), "trained on in float8"
+        return len(products)
+
+    assert len(set(ranks(size, work))) == 1
+    (growth,) = (line for line in records.read_lines(tmp_path / "run" / METRICS) if "growth" in line)
+    assert growth["relative_difference"] < 1e-5
+
+
+def test_a_growth_in_float8_that_breaks_its_promise_is_refused(setting_of, make_run, float8, broken_growth):
+    recipe = recipe_of(SMALL, LARGE | {"depth": "identity"})
+    with pytest.raises(ModelError, match="logits that differ"):
+        grow_run(recipe, plan_of(recipe), setting_of(make_run(), compute="float8"))
 
 
 def test_a_growth_that_promises_nothing_may_change_the_function(carry_out, broken_growth):

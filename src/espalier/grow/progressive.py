@@ -533,7 +533,8 @@ def _grow(
             return None
         progress = fitted
     batch = setting.train_stream.take(setting.train_stream.order(0, 1))
-    kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
+    with setting.device.unrounded(state.model, model):  # what is promised is promised of the weights
+        kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
     forget(state.model)
     forget(model)
     if all(growth.exact for growth in growths) and kept.relative_difference > preserve.EXACT:
