@@ -141,8 +141,6 @@ def _opened(setting: Setting, kept: Kept) -> str | None:
     except UserError as error:
         setting.seen(End(error={"kind": type(error).__name__, **dict(error.lines())}))
         return str(error)
-    except FileNotFoundError as error:
-        return str(error)
     return str(said) if said else None
 
 

@@ -223,6 +223,16 @@ def test_damaged_files_of_a_run(refused, stopped):
     assert len(list_steps(stopped)) == 2
 
 
+def test_a_damaged_run_is_listed_as_such_beside_the_others(espalier, stopped, finished):
+    shutil.copytree(finished, stopped.parent / "whole")
+    path = stopped / METRICS
+    path.write_text(path.read_text().replace('"step": 1,', '"step": 9,', 1))
+    listed = espalier("runs")
+    assert listed.code == 0, listed.err
+    rows = {line.split()[0]: line for line in listed.out.splitlines()}
+    assert "damaged: metrics.jsonl:1" in rows["tiny"] and "finished" in rows["whole"]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """Make `runs` a disk of so many bytes; skipped where mounting isn't permitted."""

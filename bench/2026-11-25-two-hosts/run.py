@@ -196,11 +196,16 @@ def step_of(run: Path) -> int:
     return max((line["step"] for line in records.read_lines(run / METRICS)), default=0)
 
 
+def noted(path: Path) -> list[dict]:
+    """The whole lines of a host's notes; a kill may have cut the last one short."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
 def read(run: Path, work: Path, readers: list[Host]) -> dict:
     """What a run came to, and what its ranks have read by their notes, which are used up."""
     updates: dict[int, dict] = {}
     unshared = 0
-    notes = [line for host in readers for line in records.read_lines(work / f"{host.name}.rows")]
+    notes = [line for host in readers for line in noted(work / f"{host.name}.rows")]
     for line in notes:
         updates.setdefault(line["start"], line)
         parts = [part["own"] for part in notes if part["start"] == line["start"] and part["ranks"] == line["ranks"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -33,15 +34,10 @@ def list_runs(runs: Runs = Path("runs")) -> None:
     table = Table("run", "status", "step", "held-out loss", "time", "cost", box=None, pad_edge=False)
     for folder in sorted(runs.glob("*/")) if runs.is_dir() else []:
         if (folder / RECIPE).exists():
-            spent = Ledger(folder / LEDGER).total
-            table.add_row(
-                folder.name,
-                status(folder),
-                str(_last(folder, "step", "")),
-                _number(_last(folder, "eval_loss", None)),
-                units.duration(spent.seconds),
-                units.money(spent.usd),
-            )
+            try:
+                table.add_row(folder.name, *_told(folder))
+            except errors.RunError as error:
+                table.add_row(folder.name, f"damaged: {Path(error.where).name}")
     if table.row_count:
         Console().print(table)
     else:
@@ -94,6 +90,16 @@ def find(run: str, runs: Path) -> Path:
         expected=f"one of {', '.join(known)}" if known else f"a run in {runs}",
         mend="List them with `espalier runs`.",
     )
+
+
+def _told(folder: Path) -> Iterator[str]:
+    """The columns of a run: status, step, held-out loss, time, cost."""
+    spent = Ledger(folder / LEDGER).total
+    yield status(folder)
+    yield str(_last(folder, "step", ""))
+    yield _number(_last(folder, "eval_loss", None))
+    yield units.duration(spent.seconds)
+    yield units.money(spent.usd)
 
 
 def _last(folder: Path, key: str, default: object) -> object:
