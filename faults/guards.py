@@ -227,4 +227,5 @@ def _exit_code(test: str, file: str, text: str, *, seconds: float) -> int | None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped; what was found is in {REMOVED}"))
     main(sys.argv[1:] or sys.exit(__doc__))
