@@ -18,6 +18,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -184,46 +185,55 @@ def _replaced(text: str, node: Any, instead: str) -> str:
 
 
 def outcome(file: str, text: str) -> str:
-    """What the tests of a file say to another text of it: red or green, unless they give no verdict.
+    """What the tests of a file say to another text of it: red, by which test, or green, unless they give no verdict.
 
     Only exit code 1 is red: with any other pytest says that it couldn't test.
     """
     path = Path(file)
-    for test in (f"tests/{path.parent / f'test_{path.name}'}", *ALSO.get(file, ())):
-        code = _exit_code(test, file, text, seconds=10 * _calm_seconds(test, file) + SHRINKING_SECONDS)
+    for tests in (f"tests/{path.parent / f'test_{path.name}'}", *ALSO.get(file, ())):
+        code, failed = _tested(tests, file, text, seconds=10 * _calm_seconds(tests, file) + SHRINKING_SECONDS)
         if code is None:
-            return f"{ENDLESS} of {test}"
+            return f"{ENDLESS} of {tests}"
         if code != 0:
-            return f"{RED} in {test}" if code == 1 else f"{VOID}: exit code {code} of {test}"
+            return f"{RED}: {failed}" if code == 1 else f"{VOID}: exit code {code} of {tests}"
     return GREEN
 
 
 @cache
-def _calm_seconds(test: str, file: str) -> float:
-    """How long a test takes with all guards in place; without a green one there's nothing to try."""
+def _calm_seconds(tests: str, file: str) -> float:
+    """How long tests take with all guards in place; unless they're green then there's nothing to try."""
     begin = time.monotonic()
-    code = _exit_code(test, file, (SOURCE / file).read_text(encoding="utf-8"), seconds=CALM_SECONDS)
+    code, failed = _tested(tests, file, (SOURCE / file).read_text(encoding="utf-8"), seconds=CALM_SECONDS)
     if code != 0:
-        sys.exit(f"{test} isn't green with all guards in place: exit code {code}")
+        sys.exit(f"{tests}: exit code {code} with all guards in place {failed}")
     return time.monotonic() - begin
 
 
-def _exit_code(test: str, file: str, text: str, *, seconds: float) -> int | None:
-    """What pytest ends with on a copy of the sources in which a file has this text; None if it doesn't in time."""
-    with tempfile.TemporaryDirectory() as place:
-        shutil.copytree(SOURCE, Path(place) / SOURCE.name)
-        (Path(place) / SOURCE.name / file).write_text(text, encoding="utf-8")
-        own = {"PYTHONPATH": place, "TMPDIR": place, "HYPOTHESIS_STORAGE_DIRECTORY": f"{place}/examples"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(command, cwd=ROOT, env=os.environ | own, start_new_session=True, **silent) as pytest:
+def _tested(tests: str, file: str, text: str, *, seconds: float) -> tuple[int | None, str]:
+    """What pytest ends with on a copy of the sources in which a file has this text, None if it doesn't in time; and the
+    test that failed, if one did.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        place, said = Path(name), Path(name) / "said"
+        shutil.copytree(SOURCE, place / SOURCE.name)
+        (place / SOURCE.name / file).write_text(text, encoding="utf-8")
+        own = {"PYTHONPATH": name, "TMPDIR": name, "HYPOTHESIS_STORAGE_DIRECTORY": f"{name}/examples"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", tests]
+        with (
+            said.open("wb") as out,
+            subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | own, stdout=out, stderr=out, start_new_session=True
+            ) as pytest,
+        ):
             try:
-                return pytest.wait(seconds)
+                code = pytest.wait(seconds)
             except subprocess.TimeoutExpired:
-                return None
+                code = None
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pytest.pid, signal.SIGKILL)  # with all that a broken test left running
+        failed = re.search(r"^(?:FAILED|ERROR) ([^\s[]+)", said.read_text(errors="replace"), re.MULTILINE)
+        return code, failed[1] if failed else ""
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def tried(tmp_path, monkeypatch):
 
 def test_only_a_test_that_fails_is_red(tried):
     outcomes = {
-        "x = 2": "red in tests/test_kept.py",
+        "x = 2": "red: tests/test_kept.py::test",
         "x = 1.0": "green",
         "y = 1": "void: exit code 2 of tests/test_kept.py",
         "import os; os._exit(3)": "void: exit code 3 of tests/test_kept.py",
@@ -141,12 +141,12 @@ def test_only_a_test_that_fails_is_red(tried):
 
 
 def test_tests_that_never_end_are_told_of_as_such(tried, monkeypatch):
-    monkeypatch.setattr(guards, "_calm_seconds", lambda test, file: 0.2)
+    monkeypatch.setattr(guards, "_calm_seconds", lambda tests, file: 0.2)
     assert tried("assert x == 1", "import time; time.sleep(60)") == "no end of tests/test_kept.py"
 
 
 def test_a_guard_is_not_tried_with_tests_that_are_red_anyway(tried):
-    with pytest.raises(SystemExit, match="isn't green"):
+    with pytest.raises(SystemExit, match=r"exit code 1 with all guards in place tests/test_kept\.py::test"):
         tried("assert x == 3", "x = 2")
 
 
@@ -156,7 +156,7 @@ def test_the_sheet_forgets_guards_that_are_gone_and_names_those_not_tried(tmp_pa
     monkeypatch.setattr(guards, "SOURCE", tmp_path)
     monkeypatch.setattr(guards, "REMOVED", tmp_path)
     monkeypatch.setattr(guards, "GUARDED", ("kept.py",))
-    monkeypatch.setattr(guards, "outcome", lambda file, text: "green" if "verify" in text else "red in tests/x.py")
+    monkeypatch.setattr(guards, "outcome", lambda file, text: "green" if "verify" in text else "red: tests/x.py::test")
     guards._write_record("kept.py", recorded)
     [row] = guards.removed(Setting(tmp_path, Small(tmp_path)))
     assert row.figure == "0 of 1 turn a test red (0.0%)" and not row.reached
