@@ -120,6 +120,7 @@ def tried(tmp_path, monkeypatch):
     monkeypatch.setattr(guards, "SOURCE", source)
     monkeypatch.setattr(guards, "ROOT", tmp_path)
     monkeypatch.setattr(guards, "SHRINKING_SECONDS", 0)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it starts faster
     guards._calm_seconds.cache_clear()
 
     def tried(test: str, without: str) -> str:
@@ -151,19 +152,20 @@ def test_a_guard_is_not_tried_with_tests_that_are_red_anyway(tried):
 
 
 def test_the_sheet_forgets_guards_that_are_gone_and_names_those_not_tried(tmp_path, monkeypatch):
-    (tmp_path / "kept.py").write_text("def keep(x):\n    check(x)\n    verify(x)\n")
-    recorded = {"keep: check(x)": "green", "keep: flush()": "green"}
+    for name in ("kept.py", "other.py"):
+        (tmp_path / name).write_text("def keep(x):\n    check(x)\n    verify(x)\n")
     monkeypatch.setattr(guards, "SOURCE", tmp_path)
     monkeypatch.setattr(guards, "REMOVED", tmp_path)
     monkeypatch.setattr(guards, "GUARDED", ("kept.py",))
     monkeypatch.setattr(guards, "outcome", lambda file, text: "green" if "verify" in text else "red: tests/x.py::test")
-    guards._write_record("kept.py", recorded)
+    guards._write_record("kept.py", {"keep: check(x)": "green", "keep: flush()": "green"})
     [row] = guards.removed(Setting(tmp_path, Small(tmp_path)))
     assert row.figure == "0 of 1 turn a test red (0.0%)" and not row.reached
-    assert row.why == "no test noticed: kept.py: keep: check(x). not tried yet: kept.py (1 of 2)"
+    unnoticed, elsewhere = "no test noticed: kept.py: keep: check(x)", "2 guards of other files aren't tried"
+    assert row.why == f"{unnoticed}. not tried yet: kept.py (1 of 2). {elsewhere}"
     guards.main(["kept.py"])
     [row] = guards.removed(Setting(tmp_path, Small(tmp_path)))
-    assert row.figure == "1 of 2 turn a test red (50.0%)" and row.why == "no test noticed: kept.py: keep: check(x)"
+    assert row.figure == "1 of 2 turn a test red (50.0%)" and row.why == f"{unnoticed}. {elsewhere}"
     assert list(guards._record("kept.py")["guards"]) == ["keep: check(x)", "keep: verify(x)"]
 
 
