@@ -149,6 +149,13 @@ def test_a_gradient_alone_is_told_with_the_parameter_that_it_is_of(begin, stream
     assert "Non-finite gradient at step 1" in told[-1]
 
 
+@pytest.mark.parametrize("bad", VALUES)
+def test_a_held_out_loss_that_is_not_finite_is_refused_by_its_step(bad):
+    guards.require_finite(2.5, 70)
+    with pytest.raises(NumericsError, match=f"step 70: found held-out loss {bad}"):
+        guards.require_finite(bad, 70)
+
+
 def test_few_bundles_are_kept(begin, stream, segment, device, make_run):
     run, state = make_run(), begin()
     train(state, stream, segment(12), spoiled(0, 4, 8, 12, 20), device, Meter(run, Cost()))
