@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier import files
-from espalier.errors import ResourceError
+from espalier.errors import DataError, ResourceError
 
 OLD, NEW = {"a": b"old", "sub/b": b"old too"}, {"a": b"new and longer", "sub/c": b"new", "sub/manifest.json": b"{}"}
 SYSTEM_CALLS = ("fsync", "rename", "replace", "mkdir")
@@ -177,6 +178,80 @@ def test_a_kill_at_any_call_of_the_recovery_from_a_kill_loses_nothing(folder):
         if not killed:
             break
     assert k >= 4, "the recovery was never killed"
+
+
+@pytest.fixture
+def on_the_disk(folder, monkeypatch):
+    """Whether a file or a folder, with all below it, would be there as it is after a power loss: a file by its size, a
+    folder by what its names stand for. What was flushed is known by inode, from now on.
+    """
+    folder.mkdir()
+    safe = {}
+
+    def held(status: os.stat_result, path) -> int | dict[str, int]:
+        names = os.listdir(path) if stat.S_ISDIR(status.st_mode) else None
+        return status.st_size if names is None else {name: os.stat(Path(path) / name).st_ino for name in names}
+
+    def fsync(descriptor: int, real=os.fsync) -> None:
+        real(descriptor)
+        safe[os.fstat(descriptor).st_ino] = held(os.fstat(descriptor), f"/proc/self/fd/{descriptor}")
+
+    def on_the_disk(path: Path) -> bool:
+        now, flushed = held(path.stat(), path), safe.get(path.stat().st_ino)
+        if isinstance(now, int):
+            return now == flushed
+        return now.items() <= (flushed or {}).items() and all(map(on_the_disk, path.iterdir()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return on_the_disk
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
+@pytest.mark.parametrize("work", [replace_file, replace_folder])
+def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(work, old, folder, on_the_disk, monkeypatch):
+    renamed = []
+
+    def before(name: str, real):
+        def rename(source, target):
+            renamed.append(target)
+            assert on_the_disk(Path(source)), f"{target} would be torn"
+            real(source, target)
+
+        monkeypatch.setattr(os, name, rename)
+
+    before("rename", os.rename)
+    before("replace", os.replace)
+    begin(folder, old=old)
+    work(folder)
+    assert on_the_disk(folder) and renamed
+
+
+def test_the_names_of_folders_that_were_made_are_on_the_disk(folder, on_the_disk):
+    files.make_folder(folder / "and" / "those" / "below")
+    assert on_the_disk(folder)
+
+
+def test_what_a_journal_or_a_manifest_records_is_on_the_disk(folder, on_the_disk):
+    with files.resumable_folder(folder / "folder", "key") as journal:
+        fill(journal.folder, {"sub/a": b"new"})
+        files.sync(journal.folder)
+        journal.add("sub/a", hashlib.sha256(b"new").hexdigest())
+        assert on_the_disk(journal.folder)
+        fill(journal.folder, {"b": b"new"})
+        entry = files.written(journal.folder / "b", hashlib.sha256(b"new").hexdigest())
+        assert on_the_disk(journal.folder / "b") and entry["bytes"] == 3
+
+
+@pytest.mark.parametrize("content, found", [(None, "No such file"), ("é".encode("latin-1"), "UTF-8")])
+def test_a_text_that_cannot_be_read_is_refused_as_the_caller_says(tmp_path, content, found):
+    path = tmp_path / "text"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=found) as refused:
+        files.read_text(path, expected="a poem", mend="Write one.")
+    assert (refused.value.where, refused.value.expected, refused.value.mend) == (str(path), "a poem", "Write one.")
+    path.write_text("é", encoding="utf-8")
+    assert files.read_text(path, expected="a poem", mend="Write one.") == "é"
 
 
 def test_a_folder_killed_between_its_renames_can_be_written_again_without_recovery(folder):
@@ -358,7 +433,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from espalier import files
-from espalier.errors import ResourceError
+from espalier.errors import DataError, ResourceError
 folder = Path(sys.argv[1])
 files.write_bytes(folder / "file", b"old")
 with files.whole_folder(folder / "folder") as partial:

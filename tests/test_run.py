@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -480,6 +481,27 @@ def test_metrics_are_rewound_to_a_step_and_go_on_from_there(tmp_path_factory, st
         lines = list(records.read_lines(run.folder / METRICS))
     kept = [{"step": step, "stage": 0, "loss": 0.5} for step in steps if step <= until]
     assert lines == [*kept, {"step": until, "stage": 0, "loss": 1.5}]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [Run.flush, lambda run: run.finish("stopped"), lambda run: run.__exit__(None, None, None)],
+    ids=["flushed", "ended", "let go"],
+)
+def test_what_was_logged_is_on_the_disk_when_a_run_says_so_or_ends(start, folder, monkeypatch, end):
+    safe = {}
+
+    def fsync(descriptor: int, real=os.fsync) -> None:
+        real(descriptor)
+        there = os.fstat(descriptor)
+        safe[there.st_ino] = os.listdir(folder) if stat.S_ISDIR(there.st_mode) else there.st_size
+
+    run = start()
+    run.log_metrics(step=1, stage=0)
+    monkeypatch.setattr(os, "fsync", fsync)
+    end(run)
+    metrics = (folder / METRICS).stat()
+    assert safe[metrics.st_ino] == metrics.st_size and METRICS in safe[folder.stat().st_ino]
 
 
 def test_files_that_are_not_there_read_as_nothing(tmp_path):
