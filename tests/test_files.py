@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -180,66 +179,41 @@ def test_a_kill_at_any_call_of_the_recovery_from_a_kill_loses_nothing(folder):
     assert k >= 4, "the recovery was never killed"
 
 
-@pytest.fixture
-def on_the_disk(folder, monkeypatch):
-    """Whether a file or a folder, with all below it, would be there as it is after a power loss: a file by its size, a
-    folder by what its names stand for. What was flushed is known by inode, from now on.
-    """
-    folder.mkdir()
-    safe = {}
-
-    def held(status: os.stat_result, path) -> int | dict[str, int]:
-        names = os.listdir(path) if stat.S_ISDIR(status.st_mode) else None
-        return status.st_size if names is None else {name: os.stat(Path(path) / name).st_ino for name in names}
-
-    def fsync(descriptor: int, real=os.fsync) -> None:
-        real(descriptor)
-        safe[os.fstat(descriptor).st_ino] = held(os.fstat(descriptor), f"/proc/self/fd/{descriptor}")
-
-    def on_the_disk(path: Path) -> bool:
-        now, flushed = held(path.stat(), path), safe.get(path.stat().st_ino)
-        if isinstance(now, int):
-            return now == flushed
-        return now.items() <= (flushed or {}).items() and all(map(on_the_disk, path.iterdir()))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    return on_the_disk
-
-
 @pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
 @pytest.mark.parametrize("work", [replace_file, replace_folder])
-def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(work, old, folder, on_the_disk, monkeypatch):
+def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(work, old, folder, flushed, monkeypatch):
     renamed = []
 
-    def before(name: str, real):
+    def checked(real):
         def rename(source, target):
             renamed.append(target)
-            assert on_the_disk(Path(source)), f"{target} would be torn"
+            assert flushed.all_below(source), f"{target} would be torn"
             real(source, target)
 
-        monkeypatch.setattr(os, name, rename)
+        return rename
 
-    before("rename", os.rename)
-    before("replace", os.replace)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, checked(getattr(os, name)))
     begin(folder, old=old)
     work(folder)
-    assert on_the_disk(folder) and renamed
+    assert flushed.all_below(folder) and renamed
 
 
-def test_the_names_of_folders_that_were_made_are_on_the_disk(folder, on_the_disk):
+def test_the_names_of_folders_that_were_made_are_on_the_disk(folder, flushed):
+    folder.mkdir()
     files.make_folder(folder / "and" / "those" / "below")
-    assert on_the_disk(folder)
+    assert flushed.all_below(folder)
 
 
-def test_what_a_journal_or_a_manifest_records_is_on_the_disk(folder, on_the_disk):
-    with files.resumable_folder(folder / "folder", "key") as journal:
-        fill(journal.folder, {"sub/a": b"new"})
-        files.sync(journal.folder)
-        journal.add("sub/a", hashlib.sha256(b"new").hexdigest())
-        assert on_the_disk(journal.folder)
+def test_what_a_journal_or_a_manifest_records_is_on_the_disk(folder, flushed):
+    with files.resumable_folder(folder, "key") as journal:
+        for name in NEW:
+            fill(journal.folder, {name: NEW[name]})
+            journal.add(name, hashlib.sha256(NEW[name]).hexdigest())
+            assert flushed.content(journal.folder / name) and flushed.name(journal.folder / name)
         fill(journal.folder, {"b": b"new"})
         entry = files.written(journal.folder / "b", hashlib.sha256(b"new").hexdigest())
-        assert on_the_disk(journal.folder / "b") and entry["bytes"] == 3
+        assert flushed.content(journal.folder / "b") and entry["bytes"] == 3
 
 
 @pytest.mark.parametrize("content, found", [(None, "No such file"), ("é".encode("latin-1"), "UTF-8")])

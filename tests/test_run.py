@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -488,20 +487,11 @@ def test_metrics_are_rewound_to_a_step_and_go_on_from_there(tmp_path_factory, st
     [Run.flush, lambda run: run.finish("stopped"), lambda run: run.__exit__(None, None, None)],
     ids=["flushed", "ended", "let go"],
 )
-def test_what_was_logged_is_on_the_disk_when_a_run_says_so_or_ends(start, folder, monkeypatch, end):
-    safe = {}
-
-    def fsync(descriptor: int, real=os.fsync) -> None:
-        real(descriptor)
-        there = os.fstat(descriptor)
-        safe[there.st_ino] = os.listdir(folder) if stat.S_ISDIR(there.st_mode) else there.st_size
-
+def test_what_was_logged_is_on_the_disk_when_a_run_says_so_or_ends(start, folder, flushed, end):
     run = start()
     run.log_metrics(step=1, stage=0)
-    monkeypatch.setattr(os, "fsync", fsync)
     end(run)
-    metrics = (folder / METRICS).stat()
-    assert safe[metrics.st_ino] == metrics.st_size and METRICS in safe[folder.stat().st_ino]
+    assert flushed.content(folder / METRICS) and flushed.name(folder / METRICS)
 
 
 def test_files_that_are_not_there_read_as_nothing(tmp_path):
