@@ -57,6 +57,8 @@ def _noticed(setting: Setting, begun: PretrainRecipe, stopped: Path, overrides: 
         "100% classified; 0 silent effects",
         not silently,
         ", ".join(silently),
+        trials=len(overrides),
+        of=len(overrides),
     )
 
 
@@ -80,6 +82,8 @@ def _safe(setting: Setting, begun: PretrainRecipe, stopped: Path, overrides: dic
         "all",
         not wrong,
         "; ".join(wrong),
+        trials=len(some),
+        of=len(keys),
     )
 
 

@@ -65,6 +65,8 @@ def mutations(setting: Setting) -> list[Row]:
             "all",
             not others,
             "; ".join(others[:3]),
+            trials=hashed,
+            of=round(MUTATIONS * hashed / tried),
         ),
         Row(
             "G4",
@@ -73,6 +75,8 @@ def mutations(setting: Setting) -> list[Row]:
             "all",
             not unhashed,
             why if unhashed else "",
+            trials=plain_tried,
+            of=round(MUTATIONS * plain_tried / tried),
         ),
         _clean(setting, all_kept),
     ]
@@ -169,7 +173,8 @@ def _clean(setting: Setting, all_kept: list[Kept]) -> Row:
     """Whole things with other times, and as copies under another name, must pass."""
     blamed = [f"{kept.name}: {said}" for kept in all_kept for said in _blamed(setting, kept)]
     tried = f"clean files: {len(all_kept)} kinds, touched and copied"
-    return Row("G4", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]))
+    of = len(all_kept)
+    return Row("G4", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]), trials=of, of=of)
 
 
 def _blamed(setting: Setting, kept: Kept) -> Iterator[str]:

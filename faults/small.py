@@ -139,8 +139,8 @@ class Setting:
         return random.Random(f"{self.seed}:{name}")
 
     def some(self, trials: Sequence[T], *, share: float = 1.0) -> list[T]:
-        """The share of the trials that is carried out, evenly spread, at least two."""
-        count = min(len(trials), max(2, round(len(trials) * self.share * share)))
+        """The share of the trials that is carried out, evenly spread, at least one."""
+        count = min(len(trials), max(1, round(len(trials) * self.share * share)))
         return [trials[int((place + 0.5) * len(trials) / count)] for place in range(count)]
 
     def folder(self, name: str) -> Path:
