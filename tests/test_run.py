@@ -1,11 +1,13 @@
 """Runs: one process, one recipe, every second charged, and failures on record."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -257,6 +259,23 @@ def test_what_a_run_adds_after_it_was_taken_up_is_no_loss(start, folder):
             if ended:
                 run.finish(ended)
     assert start().state["status"] == "running"
+
+
+def test_a_refused_recipe_leaves_the_state_as_it_was(start, folder):
+    with start() as run:
+        run.finish("stopped", "SIGTERM")
+    ended = run.state
+    with pytest.raises(RunError):
+        start(Job(name="another"))
+    assert run.state == ended
+
+
+def test_whoever_glances_at_the_status_keeps_nobody_out(start, folder):
+    start().close()
+    with (folder / LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(module.GLANCE / 5, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        start().close()
 
 
 def test_the_status_of_a_run_is_whether_somebody_is_at_work_or_how_it_ended(start, folder):

@@ -50,6 +50,7 @@ RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
 )
 CHANGES = "changes.jsonl"
 LOCK = ".lock"
+GLANCE = 0.05  # seconds for which somebody who asks for the status may hold the lock
 FINAL = "final"
 STAGE = "stage-"  # and its number, from 1
 VERSIONED = ("espalier", "torch", "transformers", "tokenizers", "datasets")
@@ -132,7 +133,6 @@ class Run:
         try:
             if (folder / RECIPE).exists():
                 require_whole(folder)
-                run._begin()
                 run._same_recipe(accept)
             for name in files.remove_partials(folder):
                 tell(f"Removed {name}: it was never finished.")
@@ -267,7 +267,8 @@ class Run:
                 log.error("%s", error, exc_info=error)
                 self.finish("failed", str(error))
         try:
-            self.flush()
+            if error is None:
+                self.flush()
         finally:
             self.close()
 
@@ -284,9 +285,9 @@ class Run:
     def _hold(self) -> None:
         with files.disk_errors(self.folder):
             self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locks(self._lock, fcntl.LOCK_EX):
+            time.sleep(GLANCE)
+        if not _locks(self._lock, fcntl.LOCK_EX):
             os.close(self._lock)
             self._lock = None
             raise RunError(
@@ -294,7 +295,7 @@ class Run:
                 found="another process at work in it",
                 expected="a run that nobody holds",
                 mend="Wait for it, stop it, or choose another name=...",
-            ) from None
+            )
 
     def _same_recipe(self, accept: Collection[str]) -> None:
         """Refuse another recipe; take over, and record, what an unfinished run may be told anew."""
@@ -302,10 +303,12 @@ class Run:
         differing = changes.between(saved, self.recipe)
         finished = self.state["status"] == "finished"
         changes.require_allowed(differing, accept, where=str(self.folder), finished=finished)
-        if finished and differing:
-            self.recipe = recipe.load(type(self.recipe), self.folder / RECIPE)
-            self.tell(f"Not taken over, since the run is finished:\n{changes.table(differing)}")
+        if finished:
+            if differing:
+                self.recipe = recipe.load(type(self.recipe), self.folder / RECIPE)
+                self.tell(f"Not taken over, since the run is finished:\n{changes.table(differing)}")
             return
+        self._write_state("running")
         recorded = list(records.read_lines(self.folder / CHANGES))
         lines = changes.carried_out(recorded, saved)
         lines += [{**vars(change), "time": time.time()} for change in differing]
@@ -317,11 +320,6 @@ class Run:
 
     def _keep_recipe(self) -> None:
         records.write_signed(self.folder / RECIPE, recipe.dump(self.recipe))
-
-    def _begin(self) -> None:
-        """Record that a process is at work on what isn't finished."""
-        if self.state["status"] != "finished":
-            self._write_state("running")
 
     def _write_state(self, status: str, **more: Any) -> None:
         records.write(self.folder / STATE, {"status": status, "time": time.time(), **more})
@@ -395,11 +393,16 @@ def _is_held(folder: Path) -> bool:
     if not (folder / LOCK).exists():
         return False
     with (folder / LOCK).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not _locks(file.fileno(), fcntl.LOCK_SH)
+
+
+def _locks(descriptor: int, how: int) -> bool:
+    """Whether the lock could be had, which is kept until the file is closed."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _version(package: str) -> str:
