@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 import traceback
@@ -62,15 +63,16 @@ MEMORY = Path("/dev/shm")  # where flushing costs nothing; the calls are the sam
 def main(options: argparse.Namespace) -> int:
     """Carry out what the command line asks for; exit code 1 if a goal was missed, or rounds differ."""
     names = [options.only] if options.only else list(PARTS)
-    if options.repeat > 1:
-        return _compare([name for name in names if name not in REMEMBERED], options)
-    return _write(names, options)
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        if options.repeat > 1:
+            return _compare([name for name in names if name not in REMEMBERED], Path(folder), options)
+        return _write(names, Path(folder), options)
 
 
-def _write(names: Sequence[str], options: argparse.Namespace) -> int:
+def _write(names: Sequence[str], place: Path, options: argparse.Namespace) -> int:
     """One round, as the sheet."""
     began = time.monotonic()
-    told = _round(names, options)
+    told = carry_out(names, place, seed=options.seed, share=options.share)
     seconds = time.monotonic() - began
     told.append(Told(ALL, [_in_time(names, options.share, seconds)], seconds, today()))
     text = render(told, seed=options.seed, share=options.share)
@@ -79,25 +81,28 @@ def _write(names: Sequence[str], options: argparse.Namespace) -> int:
     else:
         SHEET.write_text(text, encoding="utf-8")
         print(f"Written: {SHEET}")
-    return 0 if all(row.verdict == "yes" for part in told for row in part.rows) else 1
+    return 1 if _short(told) else 0
 
 
-def _compare(names: Sequence[str], options: argparse.Namespace) -> int:
+def _compare(names: Sequence[str], place: Path, options: argparse.Namespace) -> int:
     """Rounds in a row; what differs between them is said at once, and written down if they had all parts."""
     done: list[list[Told]] = []
     found: list[str] = []
     for number in range(1, options.repeat + 1):
-        done.append(_round(names, options))
+        # In the same place each time: refusals name it.
+        done.append(carry_out(names, place / "round", seed=options.seed, share=options.share))
+        shutil.rmtree(place / "round")
         known, found = found, rounds.flakes(done)
-        print(f"round {number}:", *(flake for flake in found if flake not in known), sep="\n  ", flush=True)
+        head = f"round {number}: {_short(done[-1])} rows short of their goal"
+        print(head, *(flake for flake in found if flake not in known), sep="\n  ", flush=True)
         if not options.only:
             rounds.remember(done, found, seed=options.seed, share=options.share)
     return 1 if found else 0
 
 
-def _round(names: Sequence[str], options: argparse.Namespace) -> list[Told]:
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        return carry_out(names, Path(folder), seed=options.seed, share=options.share)
+def _short(told: Sequence[Told]) -> int:
+    """How many rows aren't reached, or weren't tried."""
+    return sum(row.verdict != "yes" for part in told for row in part.rows)
 
 
 def _in_time(names: Sequence[str], share: float, seconds: float) -> Row:

@@ -202,7 +202,7 @@ def test_fifty_rounds_without_a_flake_are_wanted(tmp_path, monkeypatch, count, f
 @pytest.fixture
 def parts(tmp_path, monkeypatch):
     """A suite of other parts, which has no run to make, its record and its sheet."""
-    monkeypatch.setattr(Small, "make", classmethod(lambda cls, place: place.mkdir() or cls(place)))
+    monkeypatch.setattr(Small, "make", classmethod(lambda cls, place: place.mkdir(parents=True) or cls(place)))
     monkeypatch.setattr(calls, "share_memory", lambda: None)
     monkeypatch.setattr(suite, "SHEET", tmp_path / "sheet.md")
     monkeypatch.setattr(rounds, "FOUND", tmp_path / "rounds.json")
@@ -240,7 +240,7 @@ def test_a_suite_in_which_nothing_was_tried_fails(parts, tmp_path):
 
 
 def test_a_part_that_breaks_off_says_of_what(parts, tmp_path):
-    parts["p"] = lambda setting: [row()][1:2] + [1 // 0]
+    parts["p"] = lambda setting: [row("1" * (1 // 0))]
     parts["q"] = lambda setting: os._exit(3)
     assert carry_out() == 1
     sheet = (tmp_path / "sheet.md").read_text()
