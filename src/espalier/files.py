@@ -105,16 +105,19 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
+def whole_folder(
+    path: Path, *, need_bytes: int = 0, known: Mapping[str, dict[str, Any]] | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder that takes `path`'s place, with a manifest, when the block ends well.
 
-    An existing folder at `path` is replaced only then. `need_bytes` is checked against the free space first.
+    An existing folder at `path` is replaced only then. `need_bytes` is checked against the free space first. Files with
+    a `known` entry of the manifest aren't read for it.
     """
     partial = new_folder(path, need_bytes=need_bytes)
     with disk_errors(path, need_bytes):
         try:
             yield partial
-            put_in_place(path, partial)
+            put_in_place(path, partial, known)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import sys
 import types
 from pathlib import Path
@@ -380,3 +381,15 @@ def test_rows_that_are_far_too_long_are_refused_before_they_are_unpacked(tmp_pat
     parquet.write_table(pyarrow.table({"text": ["x" * 100_000]}), tmp_path / "rows.parquet", compression="zstd")
     with pytest.raises(DataError, match="1 rows of 1000"):
         texts(tmp_path / "rows.parquet")
+
+
+def test_a_text_that_lies_beyond_its_columns_bytes_is_not_read(tmp_path):
+    table = pyarrow.table({"text": ["aa", "bb"]})
+    path = tmp_path / "rows.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    ends = struct.pack("<3i", 0, 2, 4)
+    assert texts(path) == ["aa", "bb"] and path.read_bytes().count(ends) == 1
+    path.write_bytes(path.read_bytes().replace(ends, struct.pack("<3i", 0, 2, 9)))
+    quarantine = Quarantine()
+    assert texts(path, quarantine) == [] and quarantine.first == [("rows.arrow", "damaged Arrow")]
