@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import yaml
 
@@ -65,7 +66,6 @@ class Small:
         home, corpus, words = place / "home", place / "corpus", random.Random(0)
         os.environ.update({"ESPALIER_HOME": str(home), "HF_HUB_OFFLINE": "1"})
         remember(MACHINE, home)
-        _charge_every_step()
         corpus.mkdir(parents=True)
         for number in range(60):
             (corpus / f"text{number:02}.txt").write_text(" ".join(words.choices(WORDS, k=80)) + f" {number}\n")
@@ -89,12 +89,9 @@ class Small:
         path = runs / "recipe.yaml"
         if not path.exists():
             path.write_text(yaml.safe_dump(self.recipe(**changes)))
-        return pipeline.main(path, [], runs=runs, dry_run=False, tell=silent)
-
-
-def _charge_every_step() -> None:
-    """A run charges its time once a second; here after each step, so that its file calls don't hang on the clock."""
-    loop.Meter.__init__.__kwdefaults__["every_seconds"] = 0.0
+        # A run charges its time once a second; here after each step, so that its file calls don't hang on the clock.
+        with mock.patch.dict(loop.Meter.__init__.__kwdefaults__, every_seconds=0.0):
+            return pipeline.main(path, [], runs=runs, dry_run=False, tell=silent)
 
 
 MACHINE = Hardware(

@@ -13,8 +13,12 @@ from faults import calls, guards, power, refusals, rounds, runs, suite, untruste
 from faults.sheet import SHEET, Row, Told, parts_of, render
 from faults.small import NAME, Setting, Small
 
-from espalier import files
+from espalier import files, pipeline
 from espalier.errors import UserError
+from espalier.ledger import Cost
+from espalier.recipe import Recipe
+from espalier.run import Run
+from espalier.train import loop
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="needs Linux on x86-64 and leave to trace a child")
 
@@ -261,6 +265,23 @@ def test_the_seed_alone_says_when_a_run_is_killed(brief):
     }
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_the_file_calls_of_a_run_do_not_hang_on_the_clock(tmp_path, monkeypatch, seconds):
+    """It charges its time after each step, however long that took, and as others do elsewhere."""
+    charged = []
+    monkeypatch.setattr(Run, "uncharged_seconds", seconds)
+
+    def run(*_, **__):
+        meter = loop.Meter(Run(tmp_path, Recipe(), tell=print), Cost())
+        monkeypatch.setattr(meter, "flush", charged.append)
+        meter.count("state", loop.Step(1.0, 1.0, 1.0, 1, 1.0, 0.1))
+        return 0
+
+    monkeypatch.setattr(pipeline, "main", run)
+    assert Small(tmp_path).carry_out(tmp_path) == 0 and charged == ["state"]
+    assert run() == 0 and len(charged) == 1 + int(seconds)
+
+
 def test_rounds_that_differ_in_times_alone_are_the_same():
     assert rounds.flakes([[told(row(took="1.0 s"))], [told(row(took="2.0 s"))], [told(row())]]) == []
 
@@ -290,14 +311,11 @@ def test_a_row_that_comes_or_goes_is_a_flake():
     "count, flakes, verdict", [(50, [], "yes"), (49, [], "no"), (50, ["x"], "no"), (0, [], "not tried")]
 )
 def test_fifty_rounds_without_a_flake_are_wanted(tmp_path, monkeypatch, count, flakes, verdict):
+    found = {"rounds": count, "seed": 1, "share": 0.02, "rows": 33, "flakes": flakes, "date": "2026-01-01"}
     monkeypatch.setattr(rounds, "FOUND", tmp_path / "rounds.json")
-    rounds.remember([[told(row(), row())]] * count or [[]], flakes, seed=1, share=0.02)
-    if not count:
-        (tmp_path / "rounds.json").write_text(
-            json.dumps(json.loads((tmp_path / "rounds.json").read_text()) | {"rounds": 0})
-        )
-    [found] = rounds.compared(Setting(tmp_path, Small(tmp_path)))
-    assert found.verdict == verdict and found.trials == count and found.of >= 50
+    rounds.FOUND.write_text(json.dumps(found))
+    [said] = rounds.compared(Setting(tmp_path, Small(tmp_path)))
+    assert said.verdict == verdict and said.trials == count and said.of == 50
 
 
 @pytest.fixture
@@ -348,12 +366,13 @@ def test_a_part_that_breaks_off_says_of_what(parts, tmp_path):
     assert "ZeroDivisionError" in sheet and "ended without a word" in sheet and sheet.count("broke off") == 2
 
 
-def test_what_the_others_met_is_looked_at_when_they_have_ended(parts):
+def test_what_the_others_met_is_looked_at_when_they_have_ended(parts, tmp_path, monkeypatch):
     def slow(setting: Setting) -> list[Row]:
-        time.sleep(0.3)
+        time.sleep(0.5)
         setting.seen(calls.End(error={"kind": "x", "where": "w", "found": "f", "expected": "e", "mend": "m"}))
         return [row()]
 
+    monkeypatch.setattr(refusals, "SOURCE", tmp_path / "empty")
     parts |= {"refusals": lambda setting: refusals.refusals(setting)[1:], "slow": slow, "slower": slow}
     assert carry_out() == 0
 
