@@ -47,19 +47,21 @@ def flakes(rounds: Sequence[Sequence[Told]]) -> list[str]:
     found: dict[tuple[int, int], str] = {}
     for number, parts in enumerate(rounds, start=1):
         for part, (first, now) in enumerate(zip(rounds[0], parts, strict=True)):
-            for place, (before, after) in enumerate(zip_longest(map(_said, first.rows), map(_said, now.rows))):
-                if before != after:
+            for place, (before, after) in enumerate(zip_longest(first.rows, now.rows)):
+                if _said(before) != _said(after):
                     found.setdefault((part, place), f"{now.part}, round {number}: {_difference(before, after)}")
     return list(found.values())
 
 
-def _said(row: Row) -> dict[str, Any]:
+def _said(row: Row | None) -> dict[str, Any]:
     """All that a row says but times."""
-    return {name: value for name, value in asdict(row).items() if name not in TIMES}
+    return {name: value for name, value in asdict(row).items() if name not in TIMES} if row else {}
 
 
-def _difference(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+def _difference(before: Row | None, after: Row | None) -> str:
+    """What two rows say differently, with their times, which may be why."""
     if before is None or after is None:
-        return f"{(before or after or {})['tried']} is {'new' if after else 'missing'}"
-    differing = (f"{name} {after[name]!r}, at first {before[name]!r}" for name in before if before[name] != after[name])
-    return f"{before['goal']}, {before['tried'].split(':')[0]}: {', '.join(differing)}"
+        return f"{after.tried} is new" if after else f"{before.tried if before else ''} is missing"
+    pairs = zip(asdict(before).items(), asdict(after).values(), strict=True)
+    differing = (f"{name} {now!r}, at first {then!r}" for (name, then), now in pairs if now != then)
+    return f"{before.goal}, {before.tried.split(':')[0]}: {', '.join(differing)}"

@@ -291,6 +291,7 @@ def test_rounds_that_differ_in_times_alone_are_the_same():
     [
         (row("1 lost"), "figure '1 lost', at first '0'"),
         (row(reached=False), "reached False, at first True"),
+        (row(reached=False, took="9 s"), "reached False, at first True, took '9 s', at first ''"),
         (row(trials=2), "trials 2, at first 3"),
         (row(why="bits"), "why 'bits', at first ''"),
     ],
