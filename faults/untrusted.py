@@ -15,6 +15,7 @@ WHAT = {
     "F22": "archives and links",
     "F23": "hostile rows",
 }
+NONE = "none is among so small a share"
 
 
 def hostile_files(setting: Setting) -> list[Row]:
@@ -26,7 +27,9 @@ def hostile_files(setting: Setting) -> list[Row]:
     clean = [(artefact, came) for artefact, came in told if artefact.fault == "clean"]
     blamed = [artefact.name for artefact, came in clean if came.ended != "opened"]
     tried = f"clean twins: {len(clean)} artefacts"
-    return [*rows, Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]))]
+    of = sum(artefact.fault == "clean" for artefact in ARTEFACTS)
+    why = "; ".join(blamed[:3]) if clean else NONE
+    return [*rows, Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, why, trials=len(clean), of=of)]
 
 
 def _row(what: str, fault: str, told: Sequence[tuple[Artefact, Told]]) -> Row:
@@ -35,4 +38,7 @@ def _row(what: str, fault: str, told: Sequence[tuple[Artefact, Told]]) -> Row:
     mute = [artefact.name for artefact, came in told if artefact.error and not all(came.lines.values())]
     figure = f"{len(acted)} executions or escapes; {len(astray)} not refused as they should; {len(mute)} without a mend"
     wrong = [*acted, *astray, *mute]
-    return Row("G5", f"{fault}, {what}: {len(told)} artefacts", figure, "0; 0; 0", not wrong, "; ".join(wrong[:3]))
+    of = sum(artefact.fault == fault for artefact in ARTEFACTS)
+    why = "; ".join(wrong[:3]) if told else NONE
+    tried = f"{fault}, {what}: {len(told)} artefacts"
+    return Row("G5", tried, figure, "0; 0; 0", not wrong, why, trials=len(told), of=of)
