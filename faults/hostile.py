@@ -1009,6 +1009,22 @@ ARTEFACTS = (
         "Parquet",
     ),
     Artefact(
+        "Parquet that breaks off",
+        F23,
+        lambda folder: _broken_off(folder),
+        prepare,
+        "DataError",
+        "200 rows could be read of 400; 200 are lost",
+    ),
+    Artefact(
+        "a line of 200 MB, counted for fine-tuning",
+        F23,
+        lambda folder: _long_line(folder),
+        count_rows,
+        "DataError",
+        "rows.jsonl:2",
+    ),
+    Artefact(
         "Parquet of one text of 100 MB",
         F23,
         parquet(lambda pa: pa.table({"text": ["x" * 100_000_000]})),
@@ -1067,6 +1083,11 @@ ARTEFACTS = (
     Artefact("a clean Arrow stream", CLEAN, arrow(), prepare, None),
     Artefact("a clean recipe with an alias", CLEAN, text("recipe.yaml", b"sources: &a [stdlib]\n"), read_recipe, None),
 )
+
+
+def named(name: str) -> Artefact:
+    """The artefact of the table with this name."""
+    return next(artefact for artefact in ARTEFACTS if artefact.name == name)
 
 
 def _resume(path: Path) -> Any:
@@ -1132,6 +1153,21 @@ def _stray_code(folder: Path) -> Path:
     for name in ("code.py", "modeling_granite.py", "custom_generate/generate.py", "__init__.py"):
         (folder / name).write_text(code(folder))
     return folder
+
+
+def _broken_off(folder: Path) -> Path:
+    """Parquet whose third group of rows is spoilt."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path, table = folder / "rows.parquet", pyarrow.table({"text": [f"row {number}" for number in range(400)]})
+    parquet.write_table(table, path, row_group_size=100, compression="zstd", use_dictionary=False)
+    with parquet.ParquetFile(path) as file:
+        column = file.metadata.row_group(2).column(0)
+    content, middle = bytearray(path.read_bytes()), column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 12] = b"\xff" * 12
+    path.write_bytes(content)
+    return path
 
 
 def _long_line(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from espalier.untrusted import MAX_ROW_BYTES
 from faults import hostile
 from faults.hostile import ARTEFACTS, Artefact, Told
 from faults.sheet import Row
@@ -26,7 +27,22 @@ def hostile_files(setting: Setting) -> list[Row]:
     clean = [(artefact, came) for artefact, came in told if artefact.fault == "clean"]
     blamed = [artefact.name for artefact, came in clean if came.ended != "opened"]
     tried = f"clean twins: {len(clean)} artefacts"
-    return [*rows, Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]))]
+    clean_row = Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]))
+    return [*rows, clean_row, _memory()]
+
+
+def _memory() -> Row:
+    """What a line far beyond the longest row takes, more than a clean file of rows does."""
+    long, clean = (hostile.tried(hostile.named(name)).peak_bytes for name in ("a line of 200 MB", "clean rows"))
+    more = (long - clean) / 2**20
+    return Row(
+        "F23",
+        f"memory to read a line of 200 MB, where a row may have {MAX_ROW_BYTES // 2**20} MiB",
+        f"{more:.1f} MiB more than a clean file takes",
+        "at most twice the longest row",
+        more <= 2 * MAX_ROW_BYTES / 2**20,
+        "a row of just less than the longest takes more, as it's decoded, hashed and written",
+    )
 
 
 def _row(what: str, fault: str, told: Sequence[tuple[Artefact, Told]]) -> Row:

@@ -9,7 +9,7 @@ from typing import Any
 
 from espalier.dataset import CARD, KINDS, Dataset, kind_of
 from espalier.errors import DataError, ModelError
-from espalier.untrusted import json_object, load_tokenizer
+from espalier.untrusted import MAX_ROW_BYTES, json_object, lines, load_tokenizer
 
 TAUGHT = ("text", "messages", "prompt_completion")  # the kinds of row that supervised fine-tuning takes
 SUFFIXES = (".jsonl", ".parquet")
@@ -82,15 +82,16 @@ def _rows(data: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
         return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            if line.strip():
-                yield where, _object(line, where)
+    for number, line in enumerate(lines(path), start=1):
+        where = f"{path}:{number}"
+        if line is None or not line.isspace():
+            yield where, _object(line, where)
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _object(line: bytearray | None, where: str) -> dict[str, Any]:
     try:
+        if line is None:
+            raise ValueError(f"longer than {MAX_ROW_BYTES // 2**20} MiB")
         return json_object(line)
     except ValueError as error:
         raise DataError(
