@@ -20,6 +20,7 @@ from espalier.untrusted import leads_outside, pickle_in, read_json, require_plai
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MADE = "made.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class ModelFolder:
         while made:
             yield made
             made = next((parent["made"] for parent in made.get("parents", []) if parent.get("made")), None)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make its tokenizer, those that are there."""
+    return [path for name in TOKENIZER_FILES if (path := folder / name).exists()]
 
 
 def read_spec(path: Path) -> ModelSpec:
