@@ -202,4 +202,4 @@ def test_a_tokenizer_may_have_fewer_ids_than_the_embedding_rows_and_never_more(b
         ModelFolder.open(bare)
         return
     refused = refusal(bare)
-    assert refused.where.endswith("tokenizer.json") and "ids 8 to 8 can't be used" in refused.found
+    assert refused.where.endswith("tokenizer.json") and "rows: 8 to 8 can't be used" in refused.found

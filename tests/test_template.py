@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -101,15 +102,26 @@ def test_the_child_holds_none_of_the_parents_files(opened, tmp_path):
         assert held.name not in there
 
 
-def test_the_child_ends_with_its_parent(load, tmp_path):
-    tokenizer = load(CLEAN)
+def test_a_template_gets_little_memory_beyond_what_the_process_has(opened):
+    template = opened("{{ (messages[0].content * 200000000) | length }}")
+    with pytest.raises(ModelError, match="1 GiB of memory"):
+        template.write([{"role": "user", "content": "x" * 6}], prompt=False)
+    assert template.write([{"role": "user", "content": "x"}], prompt=False) == "200000000"
+
+
+@pytest.mark.parametrize("text", [CLEAN, LOOPS])
+def test_the_child_ends_with_its_parent_whatever_it_does(load, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(module, "SECONDS", 1.0)
+    tokenizer = load(text)
     readable, writable = os.pipe()
     middle = os.fork()
     if not middle:
         template = Template(tokenizer, tmp_path)
-        template.write(ASKED, prompt=False)
+        template._start()
         os.write(writable, str(template._child.pid).encode())
-        os.kill(os.getpid(), 9)
+        threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()
+        template.write(ASKED, prompt=False)
+        time.sleep(5)
     os.waitpid(middle, 0)
     child = int(os.read(readable, 20))
     os.close(readable)

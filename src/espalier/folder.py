@@ -88,7 +88,7 @@ class ModelFolder:
         if ids > rows:
             raise ModelError(
                 str(self.path / "tokenizer.json"),
-                found=f"a tokenizer of {ids} ids and an embedding of {rows} rows: ids {rows} to {ids - 1} can't be used",
+                found=f"a tokenizer of {ids} ids and an embedding of {rows} rows: {rows} to {ids - 1} can't be used",
                 expected="a row for every id",
                 mend="Restore the tokenizer that the model was trained with, or resize the model where it was made, by "
                 "resize_token_embeddings() and save_pretrained().",
