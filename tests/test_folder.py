@@ -203,3 +203,15 @@ def test_a_tokenizer_may_have_fewer_ids_than_the_embedding_rows_and_never_more(b
         return
     refused = refusal(bare)
     assert refused.where.endswith("tokenizer.json") and "rows: 8 to 8 can't be used" in refused.found
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json"])
+def test_a_file_that_was_added_to_a_tokenizer_is_noticed_while_there_is_a_manifest(bare, name):
+    files.write_manifest(bare)
+    (bare / "notes.txt").write_text("no matter")
+    ModelFolder.open(bare)
+    (bare / name).write_text("{}")
+    refused = refusal(bare)
+    assert name in refused.found and "delete manifest.json" in refused.mend
+    (bare / files.MANIFEST).unlink()
+    ModelFolder.open(bare)

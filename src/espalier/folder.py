@@ -45,16 +45,22 @@ class ModelFolder:
             )
         _ = folder.config
         folder.weight_files()
-        if (folder.path / files.MANIFEST).exists() and (damage := files.damage(folder.path)):
+        if (folder.path / files.MANIFEST).exists() and (damage := files.damage(folder.path) or folder._unrecorded()):
             raise ModelError(
                 str(path),
                 found=damage,
                 expected="files as they were written",
-                mend="Restore the folder from its source.",
+                mend=f"Restore the folder from its source; if the change is meant, delete {files.MANIFEST}.",
             )
         folder._require_own_tokenizer()
         folder._require_ids()
         return folder
+
+    def _unrecorded(self) -> str | None:
+        """A file that would change what is read or written, and that the manifest doesn't know, in a line."""
+        known = files.recorded(self.path)
+        added = [path.name for path in tokenizer_files(self.path) if path.name not in known]
+        return f"{added[0]}, which {files.MANIFEST} doesn't have" if added else None
 
     def _require_own_tokenizer(self) -> None:
         """Refuse another tokenizer than the one that made.json says the model was trained with."""
