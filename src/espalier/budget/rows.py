@@ -79,16 +79,30 @@ def _rows(data: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             mend="Name such a file, or state rows= and tokens=.",
         )
     if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        batches = parquet.ParquetFile(path).iter_batches(256)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
+        yield from _parquet_rows(path)
         return
     for number, line in enumerate(lines(path), start=1):
         where = f"{path}:{number}"
         if line is None or not line.isspace():
             yield where, _object(line, where)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path, page_checksum_verification=True).iter_batches(256):
+            for row in batch.to_pylist():
+                yield f"{path}: row {number}", row
+                number += 1
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            str(path),
+            found=f"damaged Parquet ({' '.join(str(error).split())[:200]}): {number} rows could be read",
+            expected="a whole file",
+            mend="Restore the file.",
+        ) from None
 
 
 def _object(line: bytearray | None, where: str) -> dict[str, Any]:
