@@ -92,7 +92,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(path, page_checksum_verification=True).iter_batches(256):
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        groups = range(file.metadata.num_row_groups)
+        for batch in (batch for group in groups for batch in file.iter_batches(256, row_groups=[group])):
             for row in batch.to_pylist():
                 yield f"{path}: row {number}", row
                 number += 1
