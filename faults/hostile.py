@@ -508,7 +508,11 @@ def _watch(folder: Path) -> None:
         elif event == "open" and isinstance(args[0], str | bytes):
             name = os.path.realpath(os.fsdecode(args[0]))
             writes = isinstance(args[1], str) and set(args[1]) & set("wax+")
-            beside = name.startswith(outside + "/") and not name.startswith(own + "/") and not name.endswith(".jsonl")
+            beside = (
+                name.startswith(outside + "/")
+                and not (name + "/").startswith(own + "/")
+                and not name.endswith(".jsonl")
+            )
             if (beside and ".home" not in name) or name in ("/etc/passwd", "/etc/shadow") or (writes and beside):
                 note(f"open {name}")
         elif event == "exec" and getattr(args[0], "co_filename", "").startswith(own):

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import calls, power, refusals, suite
+from faults import calls, guards, power, refusals, suite
 from faults.sheet import SHEET, Row, Told, parts_of, render
 from faults.small import Setting, Small
 
@@ -66,6 +66,107 @@ def test_a_refusal_that_lacks_something_is_found(tmp_path):
     (tmp_path / "x.py").write_text('raise DataError("x", found="a", expected="", mend="do")\n')
     [made] = refusals._made(tmp_path / "x.py")
     assert refusals._lacking(made) == ["expected", "a mend that ends as a sentence"]
+
+
+GUARDED = """
+class Kept:
+    def read(self, path):
+        try:
+            text = path.read_text()  # "ä" moves the columns of bytes
+        except (OSError, ValueError) as error:
+            raise DataError("ä") from error
+        if not text:
+            raise DataError("no text")
+        elif text == "?":
+            raise DataError("a question")
+        _require_plain(text)
+        return damage(path) is None and sha256(text) == self.sha256
+
+def keep(file):
+    os.fsync(file.fileno())
+    os.fsync(file.fileno())
+    return math.isfinite(1.0)
+"""
+
+
+def test_each_guard_is_found_by_its_function_and_text_and_taken_away_alone():
+    expected = {
+        "Kept.read: except (OSError, ValueError): raise DataError": 'raise DataError("ä") from error -> raise',
+        "Kept.read: if not text: raise DataError": 'raise DataError("no text") -> pass',
+        "Kept.read: if text == '?': raise DataError": 'raise DataError("a question") -> pass',
+        "Kept.read: _require_plain(text)": "_require_plain(text) -> pass",
+        "Kept.read: damage(path)": "damage(path) -> None",
+        "Kept.read: sha256(text) == self.sha256": "sha256(text) == self.sha256 -> True",
+        "keep: os.fsync(file.fileno())": "os.fsync(file.fileno()) -> pass",
+        "keep: os.fsync(file.fileno()) (2)": "os.fsync(file.fileno()) -> pass",
+        "keep: math.isfinite(1.0)": "math.isfinite(1.0) -> True",
+    }
+    found = {guard.name: guard.without for guard in guards.guards(GUARDED)}
+    assert list(found) == list(expected)
+    for name, change in expected.items():
+        old, new = change.split(" -> ")
+        again = 2 if name.endswith("(2)") else 1
+        before, after = GUARDED.split(old)[:again], GUARDED.split(old)[again:]
+        assert found[name] == old.join(before) + new + old.join(after)
+
+
+@pytest.fixture
+def tried(tmp_path, monkeypatch):
+    """`tried(test, without)` is what a test says of a source file that lacks its guard."""
+    source, test_file = tmp_path / "src" / "espalier", tmp_path / "tests" / "test_kept.py"
+    for path, text in {source / "__init__.py": "", source / "kept.py": "x = 1\n", test_file: ""}.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(guards, "SOURCE", source)
+    monkeypatch.setattr(guards, "ROOT", tmp_path)
+    monkeypatch.setattr(guards, "SHRINKING_SECONDS", 0)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it starts faster
+    guards._calm_seconds.cache_clear()
+
+    def tried(test: str, without: str) -> str:
+        test_file.write_text(f"from espalier.kept import x\n\ndef test():\n    {test}\n")
+        return guards.outcome("kept.py", without)
+
+    yield tried
+    assert (source / "kept.py").read_text() == "x = 1\n", "the sources stay as they are"
+
+
+def test_only_a_test_that_fails_is_red(tried):
+    outcomes = {
+        "x = 2": "red: tests/test_kept.py::test",
+        "x = 1.0": "green",
+        "y = 1": "void: exit code 2 of tests/test_kept.py",
+        "import os; os._exit(3)": "void: exit code 3 of tests/test_kept.py",
+    }
+    assert {without: tried("assert x == 1", without) for without in outcomes} == outcomes
+
+
+def test_tests_that_never_end_are_told_of_as_such(tried, monkeypatch):
+    monkeypatch.setattr(guards, "_calm_seconds", lambda tests, file: 0.2)
+    assert tried("assert x == 1", "import time; time.sleep(60)") == "no end of tests/test_kept.py"
+
+
+def test_a_guard_is_not_tried_with_tests_that_are_red_anyway(tried):
+    with pytest.raises(SystemExit, match=r"exit code 1 with all guards in place tests/test_kept\.py::test"):
+        tried("assert x == 3", "x = 2")
+
+
+def test_the_sheet_forgets_guards_that_are_gone_and_names_those_not_tried(tmp_path, monkeypatch):
+    for name in ("kept.py", "other.py"):
+        (tmp_path / name).write_text("def keep(x):\n    check(x)\n    verify(x)\n")
+    monkeypatch.setattr(guards, "SOURCE", tmp_path)
+    monkeypatch.setattr(guards, "REMOVED", tmp_path)
+    monkeypatch.setattr(guards, "GUARDED", ("kept.py",))
+    monkeypatch.setattr(guards, "outcome", lambda file, text: "green" if "verify" in text else "red: tests/x.py::test")
+    guards._write_record("kept.py", {"keep: check(x)": "green", "keep: flush()": "green"})
+    [row] = guards.removed(Setting(tmp_path, Small(tmp_path)))
+    assert row.figure == "0 of 1 turn a test red (0.0%)" and not row.reached
+    unnoticed, elsewhere = "no test noticed: kept.py: keep: check(x)", "2 guards of other files aren't tried"
+    assert row.why == f"{unnoticed}. not tried yet: kept.py (1 of 2). {elsewhere}"
+    guards.main(["kept.py"])
+    [row] = guards.removed(Setting(tmp_path, Small(tmp_path)))
+    assert row.figure == "1 of 2 turn a test red (50.0%)" and row.why == f"{unnoticed}. {elsewhere}"
+    assert list(guards._record("kept.py")["guards"]) == ["keep: check(x)", "keep: verify(x)"]
 
 
 def test_every_part_runs_in_a_tiny_form(tmp_path):

@@ -114,6 +114,15 @@ def test_an_index_that_names_no_files_is_refused(bare, index):
     assert refusal(bare).where == f"{bare / INDEX}: weight_map"
 
 
+def test_weights_that_the_index_leaves_out_are_refused(bare):
+    shutil.copy(bare / WEIGHTS, bare / "part.safetensors")
+    (bare / INDEX).write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    error = refusal(bare)
+    assert error.where == f"{bare}/{WEIGHTS}" and INDEX in error.found
+    (bare / WEIGHTS).unlink()
+    assert ModelFolder.open(bare).weight_files() == [bare / "part.safetensors"]
+
+
 def test_weights_may_be_links_as_in_the_hubs_cache(bare):
     blob = bare.parent / "blob"
     (bare / WEIGHTS).rename(blob)
@@ -151,6 +160,18 @@ def test_a_fingerprint_is_of_config_and_weights_alone(bare):
 def test_a_tokenizer_has_a_fingerprint_of_its_own(bare):
     (bare / "tokenizer.json").write_text("{}")
     assert ModelFolder(bare).tokenizer_fingerprint() == files.sha256(bare / "tokenizer.json")
+
+
+def test_another_tokenizer_than_the_recorded_one_is_refused(bare):
+    tokenizer = bare / "tokenizer.json"
+    tokenizer.write_text("{}")
+    (bare / MADE).write_text(json.dumps({"tokenizer": files.sha256(tokenizer)}))
+    ModelFolder.open(bare)
+    tokenizer.write_text("{ }")
+    error = refusal(bare)
+    assert error.where == str(tokenizer) and files.sha256(tokenizer)[:12] in error.found
+    tokenizer.unlink()
+    ModelFolder.open(bare)
 
 
 def test_a_lineage_goes_back_as_far_as_it_is_recorded(bare):
@@ -212,6 +233,6 @@ def test_a_file_that_was_added_to_a_tokenizer_is_noticed_while_there_is_a_manife
     ModelFolder.open(bare)
     (bare / name).write_text("{}")
     refused = refusal(bare)
-    assert name in refused.found and "delete manifest.json" in refused.mend
+    assert name in refused.found and "without manifest.json it is taken" in refused.mend
     (bare / files.MANIFEST).unlink()
     ModelFolder.open(bare)

@@ -1,7 +1,10 @@
-"""The planner refuses what the machine's memory can't hold, before a step is made, and its mend helps."""
+"""The planner refuses what the machine's memory can't hold, before a step is made, and its mend helps; what it settled
+holds for any number of ranks.
+"""
 
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -11,8 +14,10 @@ from espalier.budget.hardware import Hardware
 from espalier.budget.memory import of_one_device
 from espalier.errors import BudgetError, ResourceError
 from espalier.ledger import Rates
-from espalier.planner import Machine, PlannedRecipe
+from espalier.planner import Machine, PlannedRecipe, Settled
 from espalier.recipe import parse
+from espalier.run import Run
+from espalier.train.device import Device
 from espalier.train.parallel import Parallel
 from espalier.world import SINGLE, World
 
@@ -148,3 +153,69 @@ def test_nothing_is_tried_before_the_refusal(monkeypatch, make_run):
 def test_float8_is_refused_where_it_would_be_emulated(make_run):
     with pytest.raises(ResourceError, match=r"a GPU of at least 8\.9"):
         planner.settle(read("train.fp8=on"), Machine(ROOMY, Rates()), make_run())
+
+
+THREADS = 4
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run that was planned for some ranks of this machine; what is settled when other ranks take it up."""
+
+    def begun(recipe: PlannedRecipe, size: int, **device) -> Callable[..., Settled]:
+        made = planner.estimate(recipe, Machine(ROOMY, Rates()))
+        kept = Settled(made, Device(threads=THREADS, **device), Machine(ROOMY, Rates()), made, (size, size))
+        with Run.start(tmp_path / "run", recipe, tell=print) as run:
+            kept.keep(run)
+
+        def again(world: World, row: Hardware = ROOMY) -> Settled:
+            with Run.start(tmp_path / "run", recipe, tell=print, world=world) as run:
+                parallel = Parallel.of(world, recipe.train.parallel, "cpu")
+                settled = planner.settle(recipe, Machine(row, Rates()), run, parallel)
+                assert settled.plan == made
+                return settled
+
+        return again
+
+    return begun
+
+
+@pytest.mark.parametrize("before, now, threads", [(1, 1, 4), (2, 2, 4), (1, 2, 2), (2, 1, 8), (2, 4, 2), (1, 8, 1)])
+def test_other_ranks_share_the_threads_of_the_machine(begun, ranks, before, now, threads):
+    again = begun(read(), before)
+    assert ranks(now, lambda world: again(world).device.threads) == [threads] * now
+
+
+def test_threads_that_are_stated_are_those_of_any_number_of_ranks(begun, ranks):
+    again = begun(read("train.threads=4"), 1)
+    assert ranks(2, lambda world: again(world).device.threads) == [4] * 2
+
+
+def test_another_number_of_ranks_computes_as_the_run_began(begun, ranks):
+    began = {"compute": "bfloat16", "compile": "layers", "attention": "causal_halves", "recompute": "layers"}
+    again = begun(read(), 1, **began)
+    assert ranks(2, lambda world: asdict(again(world).device)) == [asdict(Device(threads=2, **began))] * 2
+
+
+def test_gradients_are_added_in_the_way_there_is_room_for_when_ranks_change(begun, ranks):
+    recipe = read("train.per_device_train_batch_size=4")
+    scarce = replace(ROOMY, memory_bytes=max(planner._memory(recipe, recipe.specs(), 4, "none", "pairs")) - 1)
+    again = begun(recipe, 1, accumulate="running")
+    assert again(SINGLE, scarce).device.accumulate == "running"
+    assert ranks(2, lambda world: again(world).device.accumulate) == ["pairs"] * 2
+    assert begun(recipe, 2)(SINGLE, scarce).device.accumulate == "running"
+
+
+def test_ranks_that_take_a_run_up_must_have_room_for_it(begun, ranks):
+    again = begun(read(), 2)
+    needed = smallest_that_fits(lambda size: planner.require_memory(read(), replace(ROOMY, memory_bytes=size)))
+    with pytest.raises(BudgetError, match="stage 2: memory"):
+        again(SINGLE, replace(ROOMY, memory_bytes=needed - 2**20))
+    again(SINGLE, replace(ROOMY, memory_bytes=needed))
+
+    def refused(world: World) -> str:
+        with pytest.raises(BudgetError, match="on each of 4 ranks") as refusal:
+            again(world, replace(ROOMY, memory_bytes=10**9))
+        return refusal.value.where
+
+    assert ranks(4, refused) == ["stage 2: memory"] * 4

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from espalier import untrusted
 from espalier.errors import ModelError
-from espalier.untrusted import CONFIGS, REFUSED, json_object, leads_outside, read_json, require_plain
+from espalier.untrusted import CONFIGS, REFUSED, json_object, leads_outside, load_tokenizer, read_json, require_plain
 
 
 def is_plain(key: str) -> bool:
@@ -76,6 +76,39 @@ def test_a_name_that_leads_outside(name):
     assert not leads_outside(name.replace("..", "x").lstrip("/"))
 
 
+@pytest.mark.parametrize("name", [untrusted.ADAPTER, "shard-00001-model-00002-of-00003.safetensors"])
+def test_weights_that_transformers_would_take_unasked_are_refused_by_their_file(tmp_path, name):
+    (tmp_path / "shard-of-another-kind.safetensors").touch()
+    require_plain(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(ModelError) as refused:
+        require_plain(tmp_path)
+    assert refused.value.where == str(tmp_path / name)
+
+
+def test_a_tokenizer_is_not_loaded_from_a_folder_that_asks_for_more(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.Own", None]}}))
+    with pytest.raises(ModelError, match="auto_map"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_file_that_is_no_json_is_refused_by_its_name(tmp_path, content):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError) as refused:
+        read_json(path)
+    assert refused.value.where == str(path) and refused.value.expected == "JSON"
+
+
+@pytest.mark.parametrize("value", [[1], 3, None, "x"])
+def test_json_that_is_no_object_is_refused_with_what_it_is(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps(value))
+    with pytest.raises(ModelError, match=f"found a {type(value).__name__}; expected a JSON object"):
+        read_json(tmp_path / "config.json")
+
+
 def test_a_file_is_not_read_at_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr(untrusted, "MAX_JSON_BYTES", 20)
     (tmp_path / "config.json").write_text('{"a": 1}')
@@ -93,6 +126,18 @@ def test_a_row_is_what_json_says_unless_a_key_comes_twice(row):
         first = json.dumps(row).removeprefix("{").removesuffix("}")
         with pytest.raises(ValueError, match="a key twice"):
             json_object(f"{{{first}, {first}}}".encode())
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        *((value, "not a JSON object") for value in (b"[1]", b"3", b"null", b'"x"')),
+        *((value, "malformed JSON") for value in (b"", b"{", b"{'a': 1}", b"[" * 100_000)),
+    ],
+)
+def test_why_a_line_is_no_row_is_said_in_few_words(line, reason):
+    with pytest.raises(ValueError, match=f"^{reason}$"):
+        json_object(line)
 
 
 @given(st.binary())

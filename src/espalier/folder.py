@@ -50,7 +50,7 @@ class ModelFolder:
                 str(path),
                 found=damage,
                 expected="files as they were written",
-                mend=f"Restore the folder from its source; if the change is meant, delete {files.MANIFEST}.",
+                mend=f"Restore the folder from its source; without {files.MANIFEST} it is taken as it is.",
             )
         folder._require_own_tokenizer()
         folder._require_ids()

@@ -1,7 +1,8 @@
 """Planner: from a recipe and the machine at hand to a plan and a way to compute, by measuring the recipe's own models.
 
 What isn't stated is tried: the dtype of the matmuls on the largest model, compilation where the run is long enough
-to repay a trial. The fastest way is kept in plan.json, and a run that is taken up again computes as it began.
+to repay a trial. The fastest way is kept in plan.json, and a run that is taken up again computes as it began; what is
+the machine's, threads and memory, is shared out anew among other ranks.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
-from espalier import files, units
+from espalier import files, records, units
 from espalier.budget import flops, hardware, memory, price
 from espalier.budget.hardware import Hardware
 from espalier.budget.parallel import Layout, Update, rank_memory
 from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
 from espalier.data.prepare import DataRecipe
-from espalier.errors import BudgetError, ResourceError
+from espalier.errors import BudgetError, ResourceError, RunError
 from espalier.grow.progressive import GrowthRecipe
 from espalier.ledger import Cap, Cost, Rates
 from espalier.recipe import ByField
-from espalier.run import PLAN, Run, read_json
+from espalier.run import PLAN, Run
 from espalier.spec import ModelSpec
 from espalier.world import SINGLE, World
 
@@ -88,6 +89,7 @@ class Settled:
     """What is going to be done, and with what: a plan, the way to compute, the machine and its prices.
 
     first    the plan that the run began with
+    ranks    that carry it out, and those of them on a machine
     changed  whether the budget or its prices have been changed since the plan was kept
     """
 
@@ -95,6 +97,7 @@ class Settled:
     device: Device
     machine: Machine
     first: Plan
+    ranks: tuple[int, int]
     changed: bool = False
 
     def keep(self, run: Run) -> None:
@@ -104,10 +107,11 @@ class Settled:
             "first": self.first.to_json(),
             "cap": run.ledger.cap.stated(),
             "device": asdict(self.device),
+            "ranks": self.ranks,
             "hardware": asdict(self.machine.hardware),
             "rates": asdict(self.machine.rates),
         }
-        files.write_json(run.folder / PLAN, values)
+        records.write(run.folder / PLAN, values)
 
 
 def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
@@ -144,20 +148,25 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run, parallel: Parallel | 
     """
     from espalier.train.device import Device
 
-    kept = run.world.told(read_json(run.folder / PLAN, None) if run.world.leads else None)
-    if kept:
-        made_for = Cap(**kept["cap"]), Rates(**{**kept["rates"], "measured": tuple(kept["rates"]["measured"])})
-        return Settled(
-            Plan.from_json(kept["plan"]),
-            Device(**kept["device"]),
-            here,
-            Plan.from_json(kept["first"]),
-            changed=made_for != (run.ledger.cap, here.rates),
-        )
     if parallel is None or parallel.world.size == 1:
         require_memory(recipe, here.hardware)
     else:
         require_memory_of_ranks(recipe, here.hardware, parallel)
+    ranks = run.world.size, run.world.local_size
+    kept = run.world.told(run.world.led(lambda: _kept(run.folder)))
+    if kept:
+        made_for = Cap(**kept["cap"]), Rates(**{**kept["rates"], "measured": tuple(kept["rates"]["measured"])})
+        device = Device(**kept["device"])
+        if tuple(kept["ranks"]) != ranks:
+            device = _shared_anew(recipe, device, kept["ranks"][1], here.hardware, run.world)
+        return Settled(
+            Plan.from_json(kept["plan"]),
+            device,
+            here,
+            Plan.from_json(kept["first"]),
+            ranks,
+            changed=made_for != (run.ledger.cap, here.rates),
+        )
     spent = Cost(**run.world.told(vars(run.ledger.total))) + here.rates.cost(EXPORT_SECONDS)
     device = _choose_compute(recipe, here, run.world, parallel)
     speeds = _probe(recipe, device, recipe.specs(), parallel)
@@ -168,7 +177,28 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run, parallel: Parallel | 
         if recipe.train.torch_compile == "on" or _seconds(made, recipe, faster) < _seconds(made, recipe, speeds):
             device, speeds = compiled, faster
             made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
-    return Settled(made, device, here, made)
+    return Settled(made, device, here, made, ranks)
+
+
+def _shared_anew(recipe: PlannedRecipe, device: Device, before: int, row: Hardware, world: World) -> Device:
+    """A kept device for another number of ranks: as many threads on a machine as the `before` ranks on it had together;
+    gradients added in pairs if there is room for it now. All else stays, as the arithmetic depends on it.
+    """
+    threads = recipe.train.threads or max(device.threads * before // world.local_size, 1)
+    return replace(device, threads=threads, accumulate=_accumulate(recipe, row, world))
+
+
+def _kept(folder: Path) -> Any:
+    """What plan.json holds, None before there is one; a run that has trained without it is refused."""
+    kept = records.read(folder / PLAN, None)
+    if kept is None and any(folder.glob("checkpoint-*")):
+        raise RunError(
+            str(folder / PLAN),
+            found="no such file",
+            expected="the plan that the run's checkpoints were trained by",
+            mend="Restore the file, or choose another name=... and run the recipe again.",
+        )
+    return kept
 
 
 def speeds(recipe: PlannedRecipe, here: Machine, specs: Sequence[ModelSpec], seconds: float) -> list[Speed]:

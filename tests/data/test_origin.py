@@ -200,12 +200,12 @@ def test_a_run_whose_sources_changed_waits_for_consent_and_keeps_its_tokenizer(
     )
 
 
-@pytest.mark.parametrize("record", [None, "{}", "[]", "null", '{"tokenizer": "abc", "shards": {}}'])
-def test_a_run_that_lost_its_record_is_not_given_a_new_one(begin, tmp_path, record):
+@pytest.mark.parametrize("record, found", [(None, "no such file"), ("{}", "seal"), ("null", "seal")])
+def test_a_run_that_lost_its_record_is_not_given_a_new_one(begin, tmp_path, record, found):
     begin()
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / origin.RECORD).unlink()
     if record is not None:
         (tmp_path / origin.RECORD).write_text(record)
-    with pytest.raises(RunError, match="no record of the data"):
+    with pytest.raises(RunError, match=found):
         begin()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import sys
 import types
 from pathlib import Path
@@ -443,3 +444,15 @@ def test_the_policy_for_bad_files_reaches_the_reader_from_a_recipe(tmp_path):
     made = prepare(DataRecipe.model_validate(given | {"bad_files": "quarantine"}), home=tmp_path, tell=told.append)
     assert sum(made.rows.values()) == 5 and made.dropped == {"damaged Parquet": 15}
     assert any("15 of 20 rows quarantined" in line for line in told)
+
+
+def test_a_text_that_lies_beyond_its_columns_bytes_is_not_read(tmp_path):
+    table = pyarrow.table({"text": ["aa", "bb"]})
+    path = tmp_path / "rows.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    ends = struct.pack("<3i", 0, 2, 4)
+    assert texts(path) == ["aa", "bb"] and path.read_bytes().count(ends) == 1
+    path.write_bytes(path.read_bytes().replace(ends, struct.pack("<3i", 0, 2, 9)))
+    quarantine = Quarantine("quarantine")
+    assert texts(path, quarantine) == [] and quarantine.counts == {"damaged Arrow": 1}

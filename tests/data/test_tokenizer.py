@@ -179,6 +179,22 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path, tokenizer):
         check(saved(tmp_path, words, "</s>"))
 
 
+def test_a_given_tokenizer_is_checked(home, dataset, tmp_path, tokenizer):
+    words = Tokenizer.from_str(tokenizer.to_str())
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(DataError, match="no byte-level BPE"):
+        choose(str(saved(tmp_path, words, END_OF_TEXT)), dataset, 999, home=home, tell=pytest.fail)
+
+
+def test_an_id_that_arrays_would_have_to_count_to_is_refused(tmp_path, tokenizer, monkeypatch):
+    folder = saved(tmp_path, tokenizer, END_OF_TEXT)
+    monkeypatch.setattr(module, "MAX_IDS", module.id_count(tokenizer))
+    load(folder)
+    monkeypatch.setattr(module, "MAX_IDS", module.id_count(tokenizer) - 1)
+    with pytest.raises(DataError, match=f"an id of {module.id_count(tokenizer) - 1}"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff", b"{"])
 def test_missing_or_broken_files_are_refused_by_name(tmp_path, tokenizer, name, content):

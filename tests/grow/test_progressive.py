@@ -1,7 +1,13 @@
 """The growth run: what it learned survives each growth and each interruption, on one data order, within the budget."""
 
+import gc
+import math
 import signal
-from dataclasses import replace
+import sys
+import threading
+import time
+import weakref
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,23 +15,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from espalier import files
+from espalier import files, records
 from espalier import run as run_module
 from espalier.budget import flops
 from espalier.budget.plan import Plan, plan
-from espalier.errors import BudgetError, ModelError
+from espalier.errors import BudgetError, ModelError, NumericsError
 from espalier.folder import ModelFolder
 from espalier.grow import apply
 from espalier.grow.progressive import GrowthRecipe, Outcome, Setting, grow_run
 from espalier.ledger import Cap, Cost, Rates
-from espalier.model import build
-from espalier.run import METRICS, STAGE, Run, read_lines
-from espalier.train import checkpoint, loop
+from espalier.model import build, shards
+from espalier.recipe import Recipe
+from espalier.run import METRICS, STAGE, Run
+from espalier.train import checkpoint, guards, loop
 from espalier.train.device import Device
 from espalier.train.objectives import NextToken
 from espalier.train.optim import UNMASKED, Optimizer
-from espalier.train.parallel import ALONE
+from espalier.train.parallel import ALONE, Parallel, whole
+from espalier.train.recipe import ParallelRecipe
 from espalier.train.validate import validate
 
 VOCABULARY = 300
@@ -66,9 +75,11 @@ def setting_of(stream, tmp_path):
     tokenizer.mkdir()
     byte_lengths = np.ones(VOCABULARY, np.int64)
 
-    def setting_of(run: Run, rows: int = 8, reserve: Cost | None = None, **device) -> Setting:
+    def setting_of(
+        run: Run, rows: int = 8, reserve: Cost | None = None, parallel: Parallel = ALONE, **device
+    ) -> Setting:
         def held_out(state):
-            more = {"rows": rows, "micro_rows": 4}
+            more = {"rows": rows, "micro_rows": 4, "parallel": parallel}
             return validate(state.model, stream, byte_lengths, NextToken(), Device(), **more)
 
         told = {"peak_flops": 1e9, "terminal": False, "objective": NextToken(), "device": Device(**device)}
@@ -77,7 +88,7 @@ def setting_of(stream, tmp_path):
             "end": reserve or Cost(),
             "share": 0.0,
             "keep": lambda plan: None,
-            "parallel": ALONE,
+            "parallel": parallel,
         }
         return Setting(run, stream, held_out, tokenizer=tokenizer, **told)
 
@@ -110,7 +121,7 @@ def test_an_exact_growth_keeps_the_held_out_loss(carry_out, make_run, family, af
     kind = "mup" if family == "granite" else "standard"
     recipe = recipe_of(SMALL, after, family=family, parametrization={"kind": kind})
     outcome = carry_out(recipe, run)
-    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    (growth,) = (line for line in records.read_lines(run.folder / METRICS) if "growth" in line)
     assert growth["loss_after"] == pytest.approx(growth["loss_before"], abs=1e-3)
     assert growth["relative_difference"] < 1e-4
     assert (growth["step"], growth["stage"]) == (6, 1)
@@ -123,7 +134,7 @@ def test_an_exact_growth_keeps_the_held_out_loss(carry_out, make_run, family, af
 def test_stacking_changes_the_depth_and_says_what_it_did_to_the_loss(carry_out, make_run):
     run = make_run()
     outcome = carry_out(recipe_of(SMALL, SMALL | {"num_hidden_layers": 3, "depth": "stack"}), run)
-    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    (growth,) = (line for line in records.read_lines(run.folder / METRICS) if "growth" in line)
     assert len(outcome.state.model.base_model.layers) == 3
     assert growth["growth"][0]["operator"] == "stack" and not growth["growth"][0]["exact"]
     assert growth["relative_difference"] > 1e-4
@@ -178,7 +189,7 @@ def test_whatever_the_pace_a_run_grows_and_ends_within_its_budget(make_run, sett
     assert run.ledger.total.seconds <= 120.0
     assert steps[0] <= outcome.state.progress.step <= steps[1]
     assert outcome.state.progress.step == kept[-1].steps != made.steps
-    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "learning_rate" in line]
+    rates = [line["learning_rate"] for line in records.read_lines(run.folder / METRICS) if "learning_rate" in line]
     assert rates[-1] < 0.1 * max(rates), "it has decayed to its end"
 
 
@@ -191,7 +202,7 @@ def test_masks_rise_to_the_weights_that_are_trained(carry_out, make_run, monkeyp
     assert levels[8:] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert outcome.state.optimizer.masks is None
     assert not any(UNMASKED in quantities for quantities in outcome.state.optimizer.state().values())
-    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    (growth,) = (line for line in records.read_lines(run.folder / METRICS) if "growth" in line)
     assert [step["operator"] for step in growth["growth"]] == ["masked", "masked"]
     new_channels = outcome.state.model.get_input_embeddings().weight[:, 32:]
     assert new_channels.std().item() == pytest.approx(1.0, abs=0.1), (
@@ -224,7 +235,7 @@ def test_learned_maps_take_the_first_steps_of_their_stage(carry_out, make_run, s
     spent = run.ledger.spent(kind="train", stage=1)
     assert spent.tokens == 6 * TOKENS and spent.flops > plan_of(recipe).stages[1].cost.flops, "the maps cost as well"
     assert outcome.state.progress.flops == pytest.approx(run.ledger.spent(kind="train").flops)
-    lines = list(read_lines(run.folder / METRICS))
+    lines = list(records.read_lines(run.folder / METRICS))
     assert [line["step"] for line in lines if "growth" in line] == [9]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 10, 11, 12]
 
@@ -281,7 +292,7 @@ def test_each_stage_has_its_share_of_the_rate(carry_out, make_run):
     flat = {"warmup_ratio": 0.0, "decay_ratio": 0.0, "rewarm_ratio": 0.0}
     stages = (SMALL, SMALL | {"num_hidden_layers": 2, "rate": 0.5}, SMALL | {"num_hidden_layers": 2, "rate": 0.25})
     carry_out(recipe_of(*stages, steps=2, schedule=flat, optimizer={"learning_rate": 0.01}), run)
-    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "loss" in line]
+    rates = [line["learning_rate"] for line in records.read_lines(run.folder / METRICS) if "loss" in line]
     assert rates == pytest.approx([0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025])
 
 
@@ -316,7 +327,7 @@ def test_recomputation_changes_the_flops_and_not_the_model(carry_out, make_run):
         assert run.ledger.spent(kind="train", stage=number).flops == pytest.approx(stage.cost.flops)
         evaluated = run.ledger.spent(kind="evaluate", stage=number).flops / (1 if number == 0 else 2)
         assert evaluated == pytest.approx(128 * flops.forward_flops(stage.spec, 16)), "nothing is recomputed there"
-    logged = [line["total_flos"] for line in read_lines(run.folder / METRICS) if "loss" in line]
+    logged = [line["total_flos"] for line in records.read_lines(run.folder / METRICS) if "loss" in line]
     assert logged[-1] == pytest.approx(plan_of(recipe).total.flops)
 
 
@@ -390,7 +401,7 @@ def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bits(
     moments = whole.state.optimizer.state()
     for name, quantities in resumed.state.optimizer.state().items():
         assert all(torch.equal(value, moments[name][key]) for key, value in quantities.items())
-    lines = list(read_lines(again.folder / METRICS))
+    lines = list(records.read_lines(again.folder / METRICS))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert sum("growth" in line for line in lines) == 1
     assert len({(line["step"], line["stage"]) for line in lines if "eval_loss" in line}) == sum(
@@ -416,7 +427,7 @@ def test_a_run_that_crashed_does_its_work_again_and_tells_it_once(carry_out, mak
     resumed = carry_out(recipe, again)
     expected = whole.state.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
-    lines = list(read_lines(again.folder / METRICS))
+    lines = list(records.read_lines(again.folder / METRICS))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["step"] for line in lines if "growth" in line] == [6]
 
@@ -512,7 +523,62 @@ def test_a_growth_that_breaks_its_promise_is_refused_and_the_model_before_it_kep
     path = checkpoint.newest(run.folder, print)
     _, moments, progress = checkpoint.load(path, Device())
     assert (progress.step, progress.stage) == (6, 0) and moments
-    assert not any("growth" in line for line in read_lines(run.folder / METRICS))
+    assert not any("growth" in line for line in records.read_lines(run.folder / METRICS))
+
+
+class Coarse(torch.nn.Linear):
+    """Multiplies what float8 leaves of its input and its weights; gradients pass as they are."""
+
+    def forward(self, inputs):
+        return F.linear(*(value + (coarse(value) - value).detach() for value in (inputs, self.weight)), self.bias)
+
+
+def coarse(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.float8_e4m3fn).to(value.dtype)
+
+
+@pytest.fixture
+def float8(monkeypatch):
+    """A package that makes products in float8 as torchao does: by modules of its own, under the old names."""
+
+    def convert(layer, config):
+        for module in list(layer.modules()):
+            for name, child in module.named_children():
+                if type(child) is torch.nn.Linear:
+                    other = Coarse(child.in_features, child.out_features, child.bias is not None, device="meta")
+                    other.weight, other.bias = child.weight, child.bias
+                    setattr(module, name, other)
+
+    made = SimpleNamespace(Float8LinearConfig=lambda emulate: None, convert_to_float8_training=convert)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=made))
+    monkeypatch.setitem(sys.modules, "torchao.float8", made)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("growth", [LARGE | {"depth": "identity"}, SMALL | {"hidden_size": 64}], ids=["both", "wider"])
+def test_a_growth_in_float8_is_held_to_its_promise_without_the_rounding(
+    setting_of, stream, ranks, float8, tmp_path, growth, size
+):
+    recipe = recipe_of(SMALL, growth)
+
+    def work(world):
+        run = Run.start(tmp_path / "run", Recipe(), tell=lambda line: None, world=world)
+        parallel = Parallel.of(world, ParallelRecipe(), "cpu")
+        setting = setting_of(run, parallel=parallel, compute="float8")
+        model = grow_run(recipe, plan_of(recipe), setting).state.model
+        products = [module for module in model.modules() if isinstance(module, Coarse)]
+        assert products and not any("forward" in vars(module) for module in products), "trained on in float8"
+        return len(products)
+
+    assert len(set(ranks(size, work))) == 1
+    (growth,) = (line for line in records.read_lines(tmp_path / "run" / METRICS) if "growth" in line)
+    assert growth["relative_difference"] < 1e-5
+
+
+def test_a_growth_in_float8_that_breaks_its_promise_is_refused(setting_of, make_run, float8, broken_growth):
+    recipe = recipe_of(SMALL, LARGE | {"depth": "identity"})
+    with pytest.raises(ModelError, match="logits that differ"):
+        grow_run(recipe, plan_of(recipe), setting_of(make_run(), compute="float8"))
 
 
 def test_a_growth_that_promises_nothing_may_change_the_function(carry_out, broken_growth):
@@ -571,16 +637,26 @@ def spiked(make_run, setting_of, stream):
     the loss; saved every ten steps if not stated.
     """
 
-    def spiked(recipe: GrowthRecipe, *steps: int, run: Run, save_steps: int = 10, on_spike: str = "rewind") -> Outcome:
-        poisoned = [torch.from_numpy(stream.batch(4 * (step - 1), 4).input_ids) for step in steps]
+    def spiked(
+        recipe: GrowthRecipe,
+        *steps: int,
+        run: Run,
+        save_steps: int = 10,
+        on_spike: str = "rewind",
+        parallel: Parallel = ALONE,
+        **train,
+    ) -> Outcome:
+        poisoned = [{row.tobytes() for row in stream.batch(4 * (step - 1), 4).input_ids} for step in steps]
 
         def objective(model, inputs, *more):
             loss = NextToken()(model, inputs, *more)
-            return loss * 100 if any(torch.equal(inputs, bad) for bad in poisoned) else loss
+            rows = {row.numpy().tobytes() for row in inputs}
+            return loss * 100 if any(rows <= bad for bad in poisoned) else loss
 
-        told = recipe.train.model_copy(update={"save_steps": save_steps, "on_spike": on_spike})
+        told = recipe.train.model_copy(update={"save_steps": save_steps, "on_spike": on_spike, **train})
         recipe = recipe.model_copy(update={"train": told})
-        return grow_run(recipe, plan_of(recipe), replace(setting_of(run), objective=objective))
+        setting = setting_of(run, parallel=parallel, recompute=told.recompute)
+        return grow_run(recipe, plan_of(recipe), replace(setting, objective=objective))
 
     return spiked
 
@@ -598,7 +674,7 @@ def test_a_spike_leads_back_to_before_it_and_past_its_batches(spiked, make_run, 
     assert (outcome.ending, progress.step, progress.samples, progress.tokens) == ("done", 60, 4 * 75, 60 * TOKENS)
     assert (progress.guards.rewinds, progress.guards.skipped) == (1, ((4 * 41, 4 * 56),))
     assert run.ledger.spent(kind="train").tokens == (51 + 20) * TOKENS, "what was in vain was paid for"
-    lines = list(read_lines(run.folder / METRICS))
+    lines = list(records.read_lines(run.folder / METRICS))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
     assert [line["rewound_from"] for line in lines if "rewound_from" in line] == [51]
 
@@ -624,6 +700,133 @@ def test_a_run_that_crashed_around_a_rewind_ends_with_the_same_bits(spiked, make
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
 
 
+def everything(outcome: Outcome) -> str:
+    """A digest of what a run has made: weights, moments, progress, held-out loss."""
+    state = outcome.state
+    weights = [whole(weight.detach()) for weight in state.model.parameters()]
+    moments = [whole(value) for _, of in sorted(state.optimizer.state().items()) for _, value in sorted(of.items())]
+    values = [value.contiguous().numpy().tobytes().hex() for value in weights + moments]
+    return files.digest([values, state.progress.counts, asdict(state.progress.guards), outcome.held_out.loss])
+
+
+@pytest.mark.parametrize("save", ["at once", "beside"])
+@pytest.mark.parametrize("shape", [{}, {"shard": 1}], ids=["shards", "copies"])
+@pytest.mark.parametrize("step", [51, 60], ids=["between saves", "at a save"])
+def test_ranks_rewind_to_the_bits_of_one_process(spiked, make_run, ranks, tmp_path, save, shape, step):
+    recipe = recipe_of(SMALL, steps=70)
+    told = {"per_device_train_batch_size": 2}
+    alone = spiked(recipe, step, run=make_run(), save="at once", **told)
+    assert alone.state.progress.guards.rewinds == 1
+
+    def work(world):
+        run = Run.start(tmp_path / f"{step} {save} {shape}", Recipe(), tell=lambda line: None, world=world)
+        parallel = Parallel.over(world, ParallelRecipe(**shape), "cpu")
+        return everything(spiked(recipe, step, run=run, parallel=parallel, save=save, **told))
+
+    assert ranks(2, work) == [everything(alone)] * 2
+
+
+@pytest.mark.parametrize("save", ["at once", "beside"])
+@pytest.mark.parametrize("name", ["newest", "pass_over", "list_steps"])
+@pytest.mark.parametrize("step, save_steps", [(60, 10), (63, 9)])
+def test_a_run_that_crashed_while_it_went_back_goes_back_again(
+    spiked, make_run, reopened, monkeypatch, told, step, save_steps, name, save
+):
+    """A step at which a checkpoint is due is no other; of (63, 9) it would have pushed out the last one from before."""
+    recipe, run = recipe_of(SMALL, steps=80), make_run()
+    train = {"save_steps": save_steps, "save": save}
+    whole = spiked(recipe, step, run=make_run(), **train)
+    assert whole.state.progress.guards.rewinds == 1
+
+    def crash(*arguments, **more):
+        raise ZeroDivisionError
+
+    original = guards.Guards.after
+
+    def after(self, *arguments, **more):
+        found = original(self, *arguments, **more)
+        if found.sigmas > recipe.train.spike_sigmas:
+            patch.setattr(checkpoint, name, crash)
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(guards.Guards, "after", after)
+        spiked(recipe, step, run=run, **train)
+    resumed = spiked(recipe, step, run=reopened(run), **train)
+    assert everything(resumed) == everything(whole)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_a_rewind_leaves_neither_a_thread_nor_a_model_behind(spiked, make_run, monkeypatch, request, recompute):
+    layers, alive, original = [], [], checkpoint.load
+
+    def load(*arguments):
+        alive.append(sum(layer() is not None for layer in layers))
+        loaded = original(*arguments)
+        layers.append(weakref.ref(loaded[0].base_model.layers[0]))
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    gc.disable()  # it would come by itself, some time
+    request.addfinalizer(gc.enable)
+    outcome = spiked(recipe_of(SMALL, steps=220), 51, 101, 151, run=make_run(), save="beside", recompute=recompute)
+    assert outcome.state.progress.guards.rewinds == len(layers) == 3
+    assert alive == [0, 0, 0] and layers[-1]() is outcome.state.model.base_model.layers[0]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def slow_to_write(monkeypatch) -> None:
+    """Have weights still being written when the next steps are done."""
+    original = shards.write_tensors
+
+    def write_tensors(*arguments):
+        time.sleep(0.5)
+        return original(*arguments)
+
+    monkeypatch.setattr(shards, "write_tensors", write_tensors)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_being_saved_when_numbers_go_wrong_is_there_afterwards(
+    setting_of, make_run, stream, ranks, monkeypatch, tmp_path, size
+):
+    slow_to_write(monkeypatch)
+    recipe = recipe_of(SMALL, steps=60)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"save": "beside"})})
+
+    def work(world):
+        calls = iter(range(1000))
+
+        def objective(model, *inputs):
+            return NextToken()(model, *inputs) * (math.nan if next(calls) >= 12 else 1)
+
+        run = Run.start(tmp_path / "run", Recipe(), tell=lambda line: None, world=world)
+        parallel = Parallel.of(world, ParallelRecipe(), "cpu")
+        setting = replace(setting_of(run, parallel=parallel), objective=objective)
+        with pytest.raises(NumericsError, match="step 15"):
+            grow_run(recipe, plan_of(recipe), setting)
+        return checkpoint.newest(run.folder, print, world).name
+
+    assert ranks(size, work) == ["checkpoint-12"] * size
+    assert not list((tmp_path / "run").glob(f"{files.PARTIAL}*"))
+
+
+def test_an_error_of_one_process_keeps_what_is_being_saved(carry_out, make_run, monkeypatch):
+    slow_to_write(monkeypatch)
+    original, run = loop.update, make_run()
+
+    def update(state, *more):
+        assert state.progress.step < 5
+        return original(state, *more)
+
+    monkeypatch.setattr(loop, "update", update)
+    recipe = recipe_of(SMALL)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"save": "beside"})})
+    with pytest.raises(AssertionError):
+        carry_out(recipe, run)
+    assert checkpoint.newest(run.folder, print).name == "checkpoint-4"
+
+
 def test_a_spike_that_is_only_told_changes_nothing(spiked, make_run, told):
     outcomes = [spiked(recipe_of(SMALL, steps=60), 51, run=make_run(), on_spike=way) for way in ("tell", "off")]
     expected = outcomes[1].state.model.state_dict()
@@ -634,6 +837,21 @@ def test_a_spike_that_is_only_told_changes_nothing(spiked, make_run, told):
 def test_a_run_without_a_checkpoint_from_before_goes_on(spiked, make_run, told):
     outcome = spiked(recipe_of(SMALL, steps=60), 51, run=make_run(), save_steps=50)
     assert outcome.state.progress.step == 60 and outcome.state.progress.guards.rewinds == 0
+    assert any(line.endswith("at step 51; training goes on.") for line in told)
+
+
+def test_a_run_whose_earlier_checkpoints_are_damaged_goes_on(spiked, make_run, told, monkeypatch):
+    run, original = make_run(), checkpoint.newest
+
+    def newest(*arguments, **more):
+        for path in run.folder.glob("checkpoint-*"):
+            (path / "config.json").write_text("{}")
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(checkpoint, "newest", newest)
+    outcome = spiked(recipe_of(SMALL, steps=60), 51, run=run)
+    assert outcome.state.progress.step == 60 and outcome.state.progress.guards.rewinds == 0
+    assert any("Nowhere to go back to: no checkpoint that is whole (checkpoint-40/config.json" in line for line in told)
     assert any(line.endswith("at step 51; training goes on.") for line in told)
 
 
@@ -659,7 +877,7 @@ def test_a_spike_after_a_growth_may_lead_back_to_before_it(spiked, make_run, tol
     outcome = spiked(recipe_of(SMALL, LARGE | {"depth": "identity"}, steps=60), 100, run=run, save_steps=1000)
     assert any("at step 100: rewound to 60, skipping batches 91-105" in line for line in told)
     assert (outcome.state.progress.step, outcome.state.progress.stage) == (120, 1)
-    assert sum("growth" in line for line in read_lines(run.folder / METRICS)) == 1
+    assert sum("growth" in line for line in records.read_lines(run.folder / METRICS)) == 1
 
 
 def test_what_a_rewind_costs_is_missing_at_the_end_of_a_budget(spiked, make_run):
@@ -668,5 +886,5 @@ def test_what_a_rewind_costs_is_missing_at_the_end_of_a_budget(spiked, make_run)
     outcome = spiked(recipe, 51, run=run)
     assert outcome.ending == "done" and 50 <= outcome.state.progress.step <= 55
     assert run.ledger.total.tokens <= 66 * TOKENS
-    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "learning_rate" in line]
+    rates = [line["learning_rate"] for line in records.read_lines(run.folder / METRICS) if "learning_rate" in line]
     assert rates[-1] < 0.1 * max(rates), "it has decayed to its end"

@@ -1,5 +1,6 @@
 """Guards: numbers that aren't finite change nothing; spikes are found, nothing else is, and the same after a resume."""
 
+import errno
 import json
 import math
 import random
@@ -8,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tests.train.conftest import MUP
 
-from espalier import files
+from espalier import files, records
 from espalier.errors import NumericsError
 from espalier.ledger import Cost
 from espalier.model.build import build
 from espalier.recipe import Recipe
-from espalier.run import METRICS, Run, read_lines
+from espalier.run import METRICS, Run
 from espalier.train import guards
 from espalier.train.checkpoint import Progress, Saver, load, newest, pass_over
 from espalier.train.device import Device
@@ -80,7 +82,9 @@ def test_at_fifty_places_no_update_is_made_and_the_next_batch_is_taken(
         counts = {"step": progress.step + 1, "samples": progress.samples + 4, "tokens": progress.tokens + 64}
         assert state.progress.counts == progress.counts | counts | {"flops": progress.flops + 640}
         assert state.progress.guards == replace(progress.guards, broken=1)
-        assert [line["step"] for line in read_lines(run.folder / METRICS) if "nonfinite" in line] == [progress.step + 1]
+        assert [line["step"] for line in records.read_lines(run.folder / METRICS) if "nonfinite" in line] == [
+            progress.step + 1
+        ]
         train(state, stream, segment(progress.step + 2), objective, device, meter)
         assert not same(weights(state), before) and state.progress.guards.broken == 0
         assert all(value.isfinite().all() for value in weights(state).values())
@@ -111,7 +115,7 @@ def test_the_third_in_a_row_stops_the_run(begin, stream, segment, device, make_r
     else:
         assert train(state, stream, segment(6), objective, device, Meter(run, Cost()), [log]) == "done"
     assert run.ledger.total.tokens == state.progress.tokens
-    lines = list(read_lines(run.folder / METRICS))
+    lines = list(records.read_lines(run.folder / METRICS))
     assert [line["step"] - 1 for line in lines if "nonfinite" in line] == list(updates)
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
@@ -145,11 +149,47 @@ def test_a_gradient_alone_is_told_with_the_parameter_that_it_is_of(begin, stream
     assert "Non-finite gradient at step 1" in told[-1]
 
 
+@pytest.mark.parametrize("bad", VALUES)
+def test_a_held_out_loss_that_is_not_finite_is_refused_by_its_step(bad):
+    guards.require_finite(2.5, 70)
+    with pytest.raises(NumericsError, match=f"step 70: found held-out loss {bad}"):
+        guards.require_finite(bad, 70)
+
+
 def test_few_bundles_are_kept(begin, stream, segment, device, make_run):
     run, state = make_run(), begin()
     train(state, stream, segment(12), spoiled(0, 4, 8, 12, 20), device, Meter(run, Cost()))
     kept = sorted(int(path.name.removeprefix("step-")) for path in (run.folder / guards.BUNDLES).iterdir())
     assert kept == [5, 7, 11]
+
+
+def test_a_run_that_went_back_keeps_the_bundles_from_before_and_those_from_after(
+    begin, stream, segment, device, make_run, told
+):
+    """Steps 8 to 12 before it went back to 4, and 5 to 9 afterwards."""
+    run, state = make_run(), begin()
+    train(state, stream, segment(7), next_token, device, Meter(run, Cost()))
+    for rewinds, step in ((0, 7), (1, 4), (2, 4)):
+        guarded = Guards(rewinds=rewinds)
+        state.progress = replace(state.progress, step=step, samples=4 * step + rewinds, guards=guarded)
+        train(state, stream, segment(step + 5), spoiled(0, 4, 8), device, Meter(run, Cost()))
+        bundles = {path.name: json.loads((path / "bundle.json").read_text()) for path in bundles_of(run)}
+        branch = f"-rewind-{rewinds}" if rewinds else ""
+        assert set(bundles) == {f"step-{step + more}{branch}" for more in (1, 3, 5)}
+        assert [bundle["progress"]["samples"] % 4 for bundle in bundles.values()] == [rewinds] * 3
+        assert all(any(f"bundle at {path}" in line for line in told) for path in bundles_of(run))
+
+
+def test_what_was_just_told_of_is_kept_whatever_its_number(begin, stream, segment, device, make_run):
+    run, state = make_run(), begin()
+    for step in (20, 22, 24, 5):
+        state.progress = replace(state.progress, step=step, guards=Guards())
+        train(state, stream, segment(step + 1), spoiled(0), device, Meter(run, Cost()))
+    assert {path.name for path in bundles_of(run)} == {"step-6", "step-23", "step-25"}
+
+
+def bundles_of(run: Run) -> list[Path]:
+    return list((run.folder / guards.BUNDLES).iterdir())
 
 
 def losses_of(seed: int, steps: int, *, growth: int | None = None, tails: int | None = None) -> np.ndarray:
@@ -270,10 +310,22 @@ def keep(tmp_path):
 def test_a_loop_ends_at_a_spike_and_goes_on_from_there(begin, stream, segment, device, meter):
     calls = iter(range(10_000))
     objective = lambda *inputs: next_token(*inputs) * (10 if next(calls) == 2 * 40 else 1)  # noqa: E731
-    state, told = begin(), segment(60, spike_sigmas=LIMIT)
-    assert train(state, stream, told, objective, device, meter) == "spike"
+    state, told, seen = begin(), segment(60, spike_sigmas=LIMIT), []
+    watched = [lambda state, step: seen.append(state.progress.step)]
+    ends = {"moments": watched, "ends_at": lambda state: state.progress.step == 41}
+    assert train(state, stream, told, objective, device, meter, **ends) == "spike"
     assert (state.progress.step, state.progress.guards.losses) == (41, ())
-    assert train(state, stream, told, objective, device, meter) == "done"
+    assert seen == list(range(1, 41)), "what ends at a spike isn't logged, evaluated or saved"
+    assert train(state, stream, told, objective, device, meter, **ends) == "done"
+
+
+def test_a_loop_goes_on_at_a_spike_that_nobody_ends_at(begin, stream, segment, device, meter):
+    calls, asked = iter(range(10_000)), []
+    objective = lambda *inputs: next_token(*inputs) * (10 if next(calls) == 2 * 40 else 1)  # noqa: E731
+    ends_at = lambda state: asked.append(state.progress.step)  # noqa: E731
+    state = begin()
+    assert train(state, stream, segment(60, spike_sigmas=LIMIT), objective, device, meter, ends_at=ends_at) == "done"
+    assert (state.progress.step, asked) == (60, [41])
 
 
 @pytest.mark.parametrize("at", [5, 7, 9])
@@ -312,6 +364,31 @@ def test_passing_over_keeps_the_state_and_deletes_what_came_later(begin, keep, r
     assert again.progress == progress and same(weights(again), weights(state))
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_what_passing_over_does_not_change_is_not_written_again(begin, keep, monkeypatch, tmp_path, links):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "a disk without links")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refused)
+    state = begin()
+    state.optimizer.load_state({name: {"momentum": torch.ones(2)} for name in state.optimizer.names.values()})
+    path = keep(state)
+    before = {file: (file.read_bytes(), file.stat().st_ino) for file in path.rglob("*") if file.is_file()}
+    read, sha256 = [], files.sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", lambda file: read.append(file.name) or sha256(file))
+        pass_over(path, state.progress.guards, 20, 24)
+    assert read == ["progress.json"]
+    assert files.damage(path) is None and list(tmp_path.glob("*checkpoint*")) == [path]
+    changed = {path / files.MANIFEST, path / "trainer/progress.json"}
+    assert {file for file in path.rglob("*") if file.is_file()} == set(before)
+    for file, (content, number) in before.items():
+        assert (file.read_bytes() == content) == (file not in changed)
+        assert (file.stat().st_ino == number) == (links and file not in changed)
+        assert file.stat().st_nlink == 1
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_one_rank_finds_no_rank_updates_by_and_it_is_named(ranks, spec, stream, segment, tmp_path, size):
     def work(world):
@@ -337,7 +414,7 @@ def test_what_one_rank_finds_no_rank_updates_by_and_it_is_named(ranks, spec, str
     culprits = [number for number, loss in enumerate(known["losses"]) if loss == "nan"]
     assert culprits == [size + 1], "dealt out in turn"
     rows = stream.order(0, 8)
-    (line,) = (line for line in read_lines(tmp_path / f"run{size}" / METRICS) if "nonfinite" in line)
+    (line,) = (line for line in records.read_lines(tmp_path / f"run{size}" / METRICS) if "nonfinite" in line)
     assert line["where"] == f"rank 1, row {rows[size + 1]} of the training split"
     new = build(spec, MUP, seed=0)
     assert answers[0][2] == [float(weight.detach().double().sum()) for weight in new.parameters()]

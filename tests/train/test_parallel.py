@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from espalier.errors import RecipeError, ResourceError
@@ -18,7 +19,7 @@ from espalier.train.device import Device, initial_model
 from espalier.train.loop import Segment, State, update
 from espalier.train.objectives import NextToken
 from espalier.train.optim import Optimizer
-from espalier.train.parallel import ALONE, Pairs, Parallel, divided, in_pairs, local, part, whole
+from espalier.train.parallel import ALONE, Pairs, Parallel, add_copies, divided, in_pairs, local, part, whole
 from espalier.train.recipe import OptimizerRecipe, ParallelRecipe
 from espalier.train.validate import validate
 from espalier.world import SINGLE, World
@@ -29,9 +30,10 @@ ROWS, MICRO_ROWS = 8, 2
 
 
 @pytest.fixture
-def spec(spec):
+def spec(spec, request):
     """Four ranks have 12 of a vector's numbers each, which don't fill the processor's registers."""
-    return spec.changed(hidden_size=48, head_dim=12, num_attention_heads=4, num_key_value_heads=4)
+    sizes = {"hidden_size": 48, "head_dim": 12, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return spec.changed(**getattr(request, "param", sizes))
 
 
 @pytest.fixture
@@ -79,8 +81,8 @@ def resume(path, spec, parallel: Parallel, optimizer: str = "muon") -> State:
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize(
     ("size", "shape"),
-    [(2, {}), (4, {}), (4, {"shard": 2}), (2, {"shard": 1})],
-    ids=["2 shards", "4 shards", "2 copies of 2", "2 copies"],
+    [(2, {}), (4, {}), (4, {"shard": 2}), (2, {"shard": 1}), (4, {"shard": 1})],
+    ids=["2 shards", "4 shards", "2 copies of 2", "2 copies", "4 copies"],
 )
 def test_ranks_make_the_updates_of_one_process_bit_for_bit(size, shape, optimizer, train, ranks):
     alone, told = train(ALONE, 5, optimizer=optimizer)
@@ -94,11 +96,29 @@ def test_ranks_make_the_updates_of_one_process_bit_for_bit(size, shape, optimize
         assert of_rank == expected
 
 
-def test_a_tensor_group_makes_the_same_updates_but_for_rounding(train, ranks):
+@pytest.mark.parametrize(
+    "spec",
+    [{"hidden_size": 36, "head_dim": 18, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 92}],
+    indirect=True,
+)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_matrices_whose_parts_do_not_fill_registers_are_updated_alike(optimizer, size, train, ranks):
+    alone, told = train(ALONE, 5, optimizer=optimizer)
+
+    def work(world: World) -> list:
+        state, told = train(Parallel.over(world, ParallelRecipe(), "cpu"), 5, optimizer=optimizer)
+        return [told, bits(state)]
+
+    assert ranks(size, work) == [[told, bits(alone)]] * size
+
+
+@pytest.mark.parametrize("shape", [{}, {"shard": 1}], ids=["shards", "copies"])
+def test_a_tensor_group_makes_the_same_updates_but_for_rounding(train, ranks, shape):
     alone, told = train(ALONE, 5)
 
     def work(world: World) -> list:
-        state, told = train(Parallel.over(world, ParallelRecipe(tensor=2), "cpu"), 5)
+        state, told = train(Parallel.over(world, ParallelRecipe(tensor=2, **shape), "cpu"), 5)
         return [told, {name: value.tolist() for name, value in everything(state).items()}]
 
     first, *others = ranks(4, work)
@@ -295,6 +315,18 @@ def test_pairs_are_added_as_a_tree_of_their_number(count):
 def test_ranks_are_added_as_the_tree_of_their_number(count):
     values = torch.randn(count, generator=torch.Generator().manual_seed(count))
     assert in_pairs(list(values.clone())) == tree(values.tolist())
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_copies_are_added_as_the_tree_of_their_number(ranks, size):
+    values = torch.randn(size, 2, 5, generator=torch.Generator().manual_seed(size))
+
+    def work(world: World) -> list:
+        mine = values[world.rank].clone()
+        add_copies(mine, group=distributed.group.WORLD)
+        return mine.tolist()
+
+    assert ranks(size, work) == [in_pairs(list(values.clone())).tolist()] * size
 
 
 def tree(values: list[float]) -> torch.Tensor:

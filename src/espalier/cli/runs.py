@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from espalier import errors, units
+from espalier import errors, records, units
 from espalier.cli.methods import Runs
 from espalier.ledger import Ledger
 from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, STATE, read_json, read_lines
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, status
 
 Name = Annotated[str, typer.Argument(metavar="RUN", help="name or path of a run folder", show_default=False)]
 
@@ -33,15 +34,10 @@ def list_runs(runs: Runs = Path("runs")) -> None:
     table = Table("run", "status", "step", "held-out loss", "time", "cost", box=None, pad_edge=False)
     for folder in sorted(runs.glob("*/")) if runs.is_dir() else []:
         if (folder / RECIPE).exists():
-            spent = Ledger(folder / LEDGER).total
-            table.add_row(
-                folder.name,
-                read_json(folder / STATE, {"status": "unfinished"})["status"],
-                str(_last(folder, "step", "")),
-                _number(_last(folder, "eval_loss", None)),
-                units.duration(spent.seconds),
-                units.money(spent.usd),
-            )
+            try:
+                table.add_row(folder.name, *_told(folder))
+            except errors.RunError as error:
+                table.add_row(folder.name, f"damaged: {Path(error.where).name}")
     if table.row_count:
         Console().print(table)
     else:
@@ -53,7 +49,7 @@ def show(run: Name, runs: Runs = Path("runs")) -> None:
     from espalier import story
 
     folder = find(run, runs)
-    if (folder / PLAN).exists() or read_json(folder / STATE, {}).get("status") != "finished":
+    if (folder / PLAN).exists() or status(folder) != "finished":
         story.tell(folder)
     elif (folder / RESULTS).exists():
         typer.echo(Report.load(folder / RESULTS))
@@ -96,8 +92,18 @@ def find(run: str, runs: Path) -> Path:
     )
 
 
+def _told(folder: Path) -> Iterator[str]:
+    """The columns of a run: status, step, held-out loss, time, cost."""
+    spent = Ledger(folder / LEDGER).total
+    yield status(folder)
+    yield str(_last(folder, "step", ""))
+    yield _number(_last(folder, "eval_loss", None))
+    yield units.duration(spent.seconds)
+    yield units.money(spent.usd)
+
+
 def _last(folder: Path, key: str, default: object) -> object:
-    return next((line[key] for line in reversed(list(read_lines(folder / METRICS))) if key in line), default)
+    return next((line[key] for line in reversed(list(records.read_lines(folder / METRICS))) if key in line), default)
 
 
 def _number(value: object) -> str:

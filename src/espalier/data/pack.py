@@ -7,7 +7,6 @@ lists the finished shards with their hashes and is written anew after each, so a
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from espalier import files
+from espalier import files, records
 from espalier.data import tokenizer as tokenizers
 from espalier.dataset import Dataset
 from espalier.errors import DataError
@@ -106,7 +105,7 @@ class Tokens:
         return int(np.memmap(path, self.dtype, mode="r")[-1]) == self.eos_id
 
     def save(self) -> None:
-        files.write_json(self.path / CARD, self.card())
+        records.write(self.path / CARD, self.card())
 
     def card(self) -> dict[str, Any]:
         """What `tokens.json` says: the shards, and what they come to together."""
@@ -151,7 +150,7 @@ def tokenize(dataset: Dataset, split: str, tokenizer_path: Path, *, home: Path, 
     if tokens.complete:
         return tokens
     with files.disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
     tell(f"Tokenising {split}: {(dataset.bytes[split] - tokens.bytes) / 1e6:,.1f} MB of text.")
     texts = itertools.islice(dataset.texts(split), tokens.documents, None)
     for ids, documents, size in _encode(texts, tokenizer, eos_id, dtype):
@@ -184,7 +183,7 @@ def _kept(path: Path, tell: Callable[[str], None]) -> Tokens | None:
 def _read_card(path: Path) -> Tokens | None:
     """What the card says; None if it can't be read, or isn't the card of what it says."""
     try:
-        card = json.loads((path / CARD).read_text(encoding="utf-8"))
+        card = records.parse((path / CARD).read_text(encoding="utf-8"), CARD)
         shards = tuple(Shard(**shard) for shard in card["shards"])
         tokens = Tokens(path, card["dtype"], card["eos_id"], shards, card["complete"])
         return tokens if tokens.dtype in DTYPES and tokens.card() == card else None

@@ -6,6 +6,7 @@ model grows by the operators that the later stage names, its optimizer state wit
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pydantic import Field
 from espalier import units, watch
 from espalier.budget import flops, memory
 from espalier.budget.plan import Duration, DurationText, Plan
-from espalier.errors import BudgetError, ModelError
+from espalier.errors import BudgetError, ModelError, RunError
 from espalier.grow import operators
 from espalier.grow.operators import DepthOperator, WidthOperator
 from espalier.grow.pace import Pace
@@ -211,17 +212,16 @@ def grow_run(recipe: GrowthRecipe, plan: Plan, setting: Setting) -> Outcome:
         keep=setting.keep,
     )
     while (outcome := _from_newest(recipe, pace, setting)) is None:
+        gc.collect()  # layers whose pass is wrapped refer to themselves: the model would stay beside the one to come
         setting = replace(setting, changed=True)  # what was done in vain is missing at the end
     return outcome
 
 
 def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome | None:
     """Train from the newest checkpoint, or from the start, to the end; None after a spike that led back to another."""
-    from espalier.train import moments
     from espalier.train.checkpoint import Saver
-    from espalier.train.loop import Meter
 
-    run, plan, device = setting.run, pace.plan, setting.device
+    run, plan = setting.run, pace.plan
     state = _resume(recipe, plan, setting)
     if state is None:
         run.world.led(lambda: _require_reserve(plan, setting))
@@ -229,17 +229,26 @@ def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome 
     run.went_on(state.progress.step)
     if state.progress.step:
         pace.adapt(state.progress, 1.0, changed=setting.changed)
-    meter = Meter(run, setting.reserve)
     run.charge("start")
-    beside = recipe.train.save == "beside" or (recipe.train.save == "auto" and device.kind == "cuda")
-    saver = Saver(
+    beside = recipe.train.save == "beside" or (recipe.train.save == "auto" and setting.device.kind == "cuda")
+    with Saver(
         run.folder,
         tokenizer=setting.tokenizer,
         keep=recipe.train.keep_checkpoints,
         every=recipe.train.keep_every,
         when="beside" if beside else "at once",
         parallel=setting.parallel,
-    )
+    ) as saver:
+        return _to_the_end(recipe, pace, setting, state, saver)
+
+
+def _to_the_end(recipe: GrowthRecipe, pace: Pace, setting: Setting, state: State, saver: Saver) -> Outcome | None:
+    """Train a state through the stages that are left; None after a spike that led back to another."""
+    from espalier.train import moments
+    from espalier.train.loop import Meter
+
+    run, plan = setting.run, pace.plan
+    meter = Meter(run, setting.reserve)
     save = moments.Save(
         run,
         meter,
@@ -304,6 +313,7 @@ def _train(
     number = state.progress.stage
     stage = pace.plan.stages[number]
     meter.expect(stage.cost * (1 / stage.steps))
+    goes_back = partial(_goes_back, recipe, setting, saver, meter, stage.rows)
     while state.progress.step < stage.last_step:
         segment = Segment(
             until_step=pace.next_look(state.progress),
@@ -323,9 +333,8 @@ def _train(
             meter,
             watched,
             setting.parallel,
+            ends_at=goes_back,
         )
-        if ending == "spike" and not _goes_back(recipe, setting, saver, state.progress, stage.rows):
-            continue
         if ending != "done":
             return ending
         pace.look(state.progress)
@@ -333,19 +342,23 @@ def _train(
     return "done"
 
 
-def _goes_back(recipe: GrowthRecipe, setting: Setting, saver: Saver, progress: Progress, rows: int) -> bool:
+def _goes_back(recipe: GrowthRecipe, setting: Setting, saver: Saver, meter: Meter, rows: int, state: State) -> bool:
     """Whether a spike at the latest step leads back to an earlier checkpoint, the newest from now on; told either way.
 
     rows  samples of an update
     """
     from espalier.train import checkpoint, guards
 
-    run, remembered = setting.run, progress.guards
+    run, progress, remembered = setting.run, state.progress, state.progress.guards
+    meter.flush(state)
     spike = f"Spike {remembered.sigmas:.1f} sigma at step {progress.step}"
     path = None
     if recipe.train.on_spike == "rewind" and remembered.rewinds < guards.MOST_REWINDS:
         saver.finish()
-        path = checkpoint.newest(run.folder, run.tell, run.world, until=progress.step - guards.LEADING - 1)
+        try:
+            path = checkpoint.newest(run.folder, run.tell, run.world, until=progress.step - guards.LEADING - 1)
+        except RunError as error:  # this state is whole, whatever became of those before it
+            run.tell(f"Nowhere to go back to: {error.found}.")
     if path is None:
         run.log_metrics(step=progress.step, stage=progress.stage, spike=remembered.sigmas)
         run.tell(f"{spike}; training goes on.")
@@ -520,7 +533,8 @@ def _grow(
             return None
         progress = fitted
     batch = setting.train_stream.take(setting.train_stream.order(0, 1))
-    kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
+    with setting.device.unrounded(state.model, model):  # what is promised is promised of the weights
+        kept = preserve.check(state.model, model, setting.device.tensors(batch)[0])
     forget(state.model)
     forget(model)
     if all(growth.exact for growth in growths) and kept.relative_difference > preserve.EXACT:

@@ -13,6 +13,7 @@ copy, from which a thread can write while training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -32,7 +33,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import PreTrainedModel
 
 from espalier import files
-from espalier.errors import RunError
+from espalier.errors import NumericsError, RunError, UserError
 from espalier.folder import INDEX, ModelFolder
 from espalier.model import build, shards
 from espalier.model.shards import load_file
@@ -44,6 +45,7 @@ from espalier.world import World
 
 TRAINER = "trainer"
 OPTIMIZER = "optimizer"
+PROGRESS = f"{TRAINER}/progress.json"
 SEPARATOR = "::"  # between a parameter's name and its quantity; neither contains it
 
 When = Literal["at once", "beside"]
@@ -152,7 +154,7 @@ class Snapshot:
         moments = self.moments.write(folder / TRAINER, OPTIMIZER, world)
         if world.leads:
             save_file({"torch": self.random}, folder / TRAINER / "random.safetensors")
-            files.write_json(folder / TRAINER / "progress.json", asdict(self.progress))
+            files.write_json(folder / PROGRESS, asdict(self.progress))
         return entries | {f"{TRAINER}/{name}": entry for name, entry in moments.items()}
 
 
@@ -170,7 +172,7 @@ def _write_model(
 
 
 class Saver:
-    """Writes checkpoints of a run and deletes what isn't kept.
+    """Writes checkpoints of a run and deletes what isn't kept; a context, at whose end nothing of it is at work.
 
     when   "at once", or "beside" the training, from a copy and by a thread: then a checkpoint is there a little later
     keep   how many of the newest stay, and of the others those whose step is a multiple of `every`
@@ -190,6 +192,18 @@ class Saver:
         self.when, self.parallel = when, parallel
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: tuple[int, Path, Future[dict[str, dict[str, Any]]]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Finish what is being written, which is from before the error, unless other ranks may not come to do so."""
+        if error is None:
+            self.finish()
+        elif isinstance(error, NumericsError) or (self.parallel.world.size == 1 and isinstance(error, Exception)):
+            with contextlib.suppress(UserError, OSError):  # the first error matters more than a full disk
+                self.finish()
+        self._threads.shutdown(wait=self._under_way is None)
 
     def begin(self, model: PreTrainedModel, optimizer_state: State, progress: Progress, *, need_bytes: int) -> None:
         """Save a state: when this returns the state may change; `finish` returns when the checkpoint is there."""
@@ -389,19 +403,24 @@ def _by_parameter(flat: Mapping[str, Tensor]) -> State:
 
 
 def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | None = None) -> Progress:
-    """Make a checkpoint pass over samples [begin, end), and remember what `guards` do of rewinds; its progress.
+    """Make a checkpoint that is whole pass over samples [begin, end), and remember what `guards` do of rewinds; its
+    progress.
 
-    Those of later steps are deleted. One rank does it.
+    Those of later steps are deleted. One rank does it. What doesn't change isn't written again, where the disk can give
+    a file two names.
     """
     world = world or World()
     progress = world.together(lambda: _progress(path))
     progress = replace(progress, guards=guards.back_to(progress.guards, begin, end))
 
     def rewrite() -> None:
-        need = sum(file.stat().st_size for file in path.rglob("*"))
-        with files.whole_folder(path, need_bytes=need) as folder:
-            shutil.copytree(path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(files.MANIFEST))
-            files.write_json(folder / TRAINER / "progress.json", asdict(progress))
+        kept = json.loads((path / files.MANIFEST).read_text())["files"]
+        del kept[PROGRESS]
+        with files.whole_folder(path, known=kept) as folder:
+            (folder / TRAINER).mkdir()
+            for name in kept:
+                _give_name(path / name, folder / name)
+            files.write_json(folder / PROGRESS, asdict(progress))
         with files.disk_errors(path.parent):
             for step in list_steps(path.parent):
                 if step > progress.step:
@@ -411,5 +430,13 @@ def pass_over(path: Path, guards: Guards, begin: int, end: int, world: World | N
     return progress
 
 
+def _give_name(file: Path, name: Path) -> None:
+    """One more name for a file, or a copy where the disk has no such thing."""
+    try:
+        name.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, name)
+
+
 def _progress(path: Path) -> Progress:
-    return Progress.from_json(json.loads((path / TRAINER / "progress.json").read_text()))
+    return Progress.from_json(json.loads((path / PROGRESS).read_text()))

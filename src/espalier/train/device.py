@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -111,6 +111,19 @@ class Device:
         """Undo recomputation and compilation, for what isn't training and for inputs of other shapes."""
         for layer in model.base_model.layers:
             vars(layer).pop("forward", None)
+
+    @contextlib.contextmanager
+    def unrounded(self, *models: PreTrainedModel) -> Iterator[None]:
+        """The context in which models that are placed multiply their weights as they are kept, not in float8."""
+        modules = (module for model in models for module in model.modules()) if self.compute == "float8" else ()
+        coarse = [module for module in modules if isinstance(module, nn.Linear) and type(module) is not nn.Linear]
+        for module in coarse:
+            module.forward = partial(nn.Linear.forward, module)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in coarse:
+                del module.forward
 
     def tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """input_ids, labels and position_ids (or None) of a batch, here."""

@@ -147,7 +147,7 @@ class Broken:
 
 def report(run: Run, progress: Progress, broken: Broken) -> None:
     """Say which update wasn't made, and leave what is known in the run; `NumericsError` after several in a row."""
-    path = run.folder / BUNDLES / f"step-{progress.step}"
+    path = run.folder / BUNDLES / bundle_name(progress)
     run.world.led(lambda: write_bundle(path, progress, broken))
     run.log_metrics(step=progress.step, stage=progress.stage, nonfinite=broken.what, where=broken.where)
     run.tell(f"Non-finite {broken.what} at step {progress.step}, {broken.where}; no update made; bundle at {path}")
@@ -173,8 +173,20 @@ def require_finite(held_out: float, step: int) -> None:
         )
 
 
+def bundle_name(progress: Progress) -> str:
+    """step-N, or step-N-rewind-K: a run that went back comes to the same steps with other batches."""
+    rewinds = progress.guards.rewinds
+    return f"step-{progress.step}" + (f"-rewind-{rewinds}" if rewinds else "")
+
+
+def _order(bundle: Path) -> tuple[int, int]:
+    """Bundles as they came: by rewind, then by step."""
+    step, _, rewinds = bundle.name.removeprefix("step-").partition("-rewind-")
+    return int(rewinds or 0), int(step)
+
+
 def write_bundle(path: Path, progress: Progress, broken: Broken) -> None:
-    """Write bundle.json and batch.safetensors into a folder step-N, and delete all beside it but the newest few."""
+    """Write bundle.json and batch.safetensors into a folder, and delete all beside it but the newest few."""
     with files.whole_folder(path) as folder:
         arrays = {name: array for name, array in vars(broken.batch).items() if array is not None}
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / "batch.safetensors")
@@ -185,9 +197,9 @@ def write_bundle(path: Path, progress: Progress, broken: Broken) -> None:
             "norms": {name: _as_json(norm) for name, norm in broken.norms.items()},
         }
         files.write_json(folder / "bundle.json", known)
-    steps = sorted(int(other.name.removeprefix("step-")) for other in path.parent.glob("step-*"))
-    for step in steps[:-KEPT]:
-        shutil.rmtree(path.with_name(f"step-{step}"))
+    others = sorted((other for other in path.parent.glob("step-*") if other != path), key=_order)
+    for other in others[: 1 - KEPT]:
+        shutil.rmtree(other)
 
 
 def _as_json(number: float) -> float | str:

@@ -78,6 +78,11 @@ class Step:
 
 Moment = Callable[[State, Step], None]
 
+
+def _never(state: State) -> bool:
+    return False
+
+
 # Steps by which the next one's cost is judged.
 LATEST = 16
 
@@ -141,8 +146,11 @@ def train(
     meter: Meter,
     moments: Sequence[Moment] = (),
     parallel: Parallel = ALONE,
+    ends_at: Callable[[State], bool] = _never,
 ) -> Ending:
     """Train until the segment's last step, the budget, a signal or a spike; the state is that of a finished step.
+
+    ends_at  whether training ends at a spike: asked before any moment, so that no such state is saved
 
     `NumericsError` when one update after the other isn't finite.
     """
@@ -155,10 +163,10 @@ def train(
             meter.count(state, step)
             if step.broken:
                 report(meter.run, state.progress, step.broken)
+            if state.progress.guards.sigmas > segment.spike_sigmas and ends_at(state):
+                return "spike"
             for moment in moments:
                 moment(state, step)
-            if state.progress.guards.sigmas > segment.spike_sigmas:
-                return "spike"
         return "done"
     finally:
         meter.flush(state)

@@ -126,6 +126,7 @@ class Save:
     def _begin(self, state: State) -> None:
         self.meter.flush(state)
         watch.beside(state.progress.step, "saving")
+        self.run.flush()
         self.saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=self.need_bytes(state))
         self._saved = state.progress
         self.run.charge("checkpoint", stage=state.progress.stage, step=state.progress.step)

@@ -21,6 +21,8 @@ from espalier.train.recipe import OptimizerRecipe
 
 # A quantity beside the optimizer's own: what a masked weight is without its mask.
 UNMASKED = "unmasked"
+# Numbers in the largest register of a processor, which are also the fewest that a thread is given.
+REGISTER = 16
 # What keeps the factor of a gradient of 0 finite.
 CLIP_EPSILON = 1e-6
 
@@ -143,13 +145,14 @@ class Optimizer:
 
 
 def _groups_of(weights: Sequence[Tensor], **settings: Any) -> list[dict[str, Any]]:
-    """Weights with the same settings: those of one mesh at a time, as one call can't take tensors of several, and
-    vectors op by op. Fused, numbers that don't fill a register are rounded in another way, and a rank may have any
-    number of a vector's.
+    """Weights with the same settings: those of one mesh at a time, as one call can't take tensors of several, and op by
+    op where rows don't fill registers, as vectors don't. Fused, numbers that don't fill one are rounded in another way,
+    and a rank may have any number of rows.
     """
     groups: dict[tuple[object, bool], list[Tensor]] = {}
     for weight in weights:
-        groups.setdefault((getattr(weight, "device_mesh", None), weight.ndim > 1), []).append(weight)
+        fills = weight.ndim > 1 and weight.shape[1:].numel() % REGISTER == 0
+        groups.setdefault((getattr(weight, "device_mesh", None), fills), []).append(weight)
     ways = {True: {"fused": True, "foreach": False}, False: {"fused": False, "foreach": True}}
     return [{"params": params, **ways[fused], **settings} for (_, fused), params in groups.items()] or [{"params": []}]
 

@@ -7,10 +7,10 @@
 
 Data ranks, replicate x shard, have rows of their own; those of a tensor group have the same rows.
 
-An update is the same, bit for bit, whatever number of data ranks (a power of two) shares it, as long as each has a
-micro-batch and there are at most two copies, whose sum the network's library makes. Micro-batches are dealt out one by
-one; gradients are added in pairs, pairs of pairs and so on, across ranks first; what remains to be added up is added in
-float64. A tensor group adds products up in another order.
+An update is the same, bit for bit, whatever number of data ranks (a power of two) shares it, as copies or shards, as
+long as each has a micro-batch. Micro-batches are dealt out one by one; gradients are added in pairs, pairs of pairs and
+so on, across the ranks of a copy first, then across copies; what remains to be added up is added in float64. A tensor
+group adds products up in another order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from espalier.errors import RecipeError
@@ -107,15 +108,16 @@ class Parallel:
         """
         if self.mesh is None:
             return
-        mesh = self.mesh[REPLICATE, SHARD] if self.replicate > 1 else self.mesh[SHARD]
         for layer in model.base_model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=self.mesh[SHARD])
+        fully_shard(model, mesh=self.mesh[SHARD])
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_custom_reduce_scatter(InPairs())
+                if self.replicate > 1:  # not FSDP's own sum over copies, whose order is the network's library's
+                    module.set_all_reduce_hook(partial(add_copies, group=self.mesh[REPLICATE].get_group()))
         setattr(model, WITHIN, _call)
         register_fsdp_forward_method(model, WITHIN)
 
@@ -217,9 +219,23 @@ class InPairs(ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> None:
-        received = torch.empty_like(input_tensor)
-        distributed.all_to_all_single(received, input_tensor, group=group)
-        output_tensor.copy_(in_pairs(list(received.chunk(group.size()))))
+        output_tensor.copy_(_added_part(input_tensor, group))
+
+
+def add_copies(tensor: Tensor, *, group: distributed.ProcessGroup) -> None:
+    """Put the sum over ranks in the same tree in a tensor's place, on all of them: each adds a part of it up."""
+    if tensor.is_cuda:  # FSDP lets go of it before its stream for this is done
+        tensor.record_stream(torch.cuda.current_stream())
+    padded = F.pad(tensor.flatten(), (0, -tensor.numel() % group.size()))
+    distributed.all_gather_single(padded, _added_part(padded, group), group=group)
+    tensor.copy_(padded[: tensor.numel()].view_as(tensor))
+
+
+def _added_part(tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
+    """This rank's part, of as many as there are ranks, of the sum over them."""
+    received = torch.empty_like(tensor)
+    distributed.all_to_all_single(received, tensor, group=group)
+    return in_pairs(list(received.chunk(group.size())))
 
 
 def in_pairs(parts: list[Tensor]) -> Tensor:
