@@ -18,6 +18,7 @@ import torch
 from faults import (
     calls,
     changes,
+    data,
     guards,
     mutations,
     numerics,
@@ -47,6 +48,7 @@ PARTS: dict[str, Part] = {
     "dead and hung ranks": ranks.dead_or_hung,
     "mutations": mutations.mutations,
     "changed recipes": changes.changed_recipes,
+    "changed data": data.changed_data,
     "hostile files": untrusted.hostile_files,
     "numbers": numerics.numerics,
     "refusals": refusals.refusals,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from espalier.untrusted import MAX_ROW_BYTES
 from faults import hostile
 from faults.hostile import ARTEFACTS, Artefact, Told
 from faults.sheet import Row
@@ -29,7 +30,24 @@ def hostile_files(setting: Setting) -> list[Row]:
     tried = f"clean twins: {len(clean)} artefacts"
     of = sum(artefact.fault == "clean" for artefact in ARTEFACTS)
     why = "; ".join(blamed[:3]) if clean else NONE
-    return [*rows, Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, why, trials=len(clean), of=of)]
+    clean_row = Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, why, trials=len(clean), of=of)
+    return [*rows, clean_row, _memory()]
+
+
+def _memory() -> Row:
+    """What a line far beyond the longest row takes, more than a clean file of rows does."""
+    long, clean = (hostile.tried(hostile.named(name)).peak_bytes for name in ("a line of 200 MB", "clean rows"))
+    more = (long - clean) / 2**20
+    return Row(
+        "F23",
+        f"memory to read a line of 200 MB, where a row may have {MAX_ROW_BYTES // 2**20} MiB",
+        f"{more:.1f} MiB more than a clean file takes",
+        "at most twice the longest row",
+        more <= 2 * MAX_ROW_BYTES / 2**20,
+        "a row of just less than the longest takes more, as it's decoded, hashed and written",
+        trials=1,
+        of=1,
+    )
 
 
 def _row(what: str, fault: str, told: Sequence[tuple[Artefact, Told]]) -> Row:

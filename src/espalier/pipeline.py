@@ -116,7 +116,9 @@ def pretrain(resolved: PretrainRecipe, run: Run, *, accept_data: str = "") -> in
     planner.settle(resolved, here, run, parallel)  # refuses what can't be done before anything goes into data
     run.charge("plan")
 
-    text = run.world.in_turn(lambda: corpus(resolved.data, home=files.home(), tell=run.tell))
+    text = run.world.in_turn(
+        lambda: corpus(origin.with_own_tokenizer(resolved.data, run.folder), home=files.home(), tell=run.tell)
+    )
     _require_one_origin(text, run)
     run.world.led(lambda: origin.require_same(run.folder, text, accept=accept_data, tell=run.tell))
     run.charge("data")
