@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from espalier import pipeline
+from espalier import pipeline, records
 from espalier.ledger import Ledger
 from espalier.report import Report
 
@@ -30,7 +29,7 @@ def figures(folder: Path) -> dict[str, Any]:
     """Final held-out loss, training FLOPs, tokens and seconds of a finished run, and its curve."""
     results = Report.load(folder / "results.json")
     trained = Ledger(folder / "ledger.jsonl").spent(kind="train")
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = list(records.read_lines(folder / "metrics.jsonl"))
     return {
         "loss": results.value("held-out", "loss"),
         "flops": trained.flops,

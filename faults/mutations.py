@@ -7,75 +7,66 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from espalier import files, recipe
+from espalier import files, records
+from espalier.data.origin import RECORD
 from espalier.data.pack import Tokens
 from espalier.dataset import Dataset
 from espalier.errors import UserError
 from espalier.folder import ModelFolder
-from espalier.ledger import read
-from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PLAN, RECIPE, RESULTS, STATE, read_json, read_lines
+from espalier.run import FINAL, LEDGER, METRICS, PLAN, RECIPE, RESULTS, STATE, require_whole, status
+from espalier.story import Story
 from faults.calls import End
 from faults.sheet import Row
 from faults.small import Setting, fresh
 
 MUTATIONS = 500
+MODEL, RUN = "model folder", "run folder"
+RECORDS = (RECIPE, PLAN, LEDGER, METRICS, STATE, RESULTS, RECORD)
 KINDS = ("flip", "cut", "extend", "swap", "delete", "empty", "rename")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Something on the disk and how it is opened; opening raises a UserError, or gives a line, about damage."""
+    """A folder on the disk and how it is opened; opening raises a UserError, or gives a line, about damage.
+
+    names  of the files that are mutated, as a pattern below the folder
+    """
 
     name: str
     path: Path
     open: Callable[[Path], object]
-    hashed: bool = True
+    names: str = "**/*"
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.path.glob(self.names) if path.is_file())
 
 
 def mutations(setting: Setting) -> list[Row]:
     """Mutate one file, open what it belongs to, put it back."""
     dice, all_kept = setting.dice("mutations"), _copies(setting)
-    found, missed, tried = (
-        0,
-        [],
-        max(len(all_kept) * 2, round(MUTATIONS * min(1.0, 10 * setting.share))),
-    )  # cheap: a tenth of the rest has all
-    plain_tried, plain_found = 0, 0
-    for number in range(tried):
-        kept = all_kept[number % len(all_kept)]
-        said = _mutated(setting, kept, dice)
-        plain_tried += not kept.hashed
-        plain_found += not kept.hashed and said is None
-        found += said is None
-        missed += [said] if said else []
-    hashed = tried - plain_tried
-    of_hashed = found - plain_found
-    unhashed = [said for said in missed if said.startswith("run folder")]
-    others = [said for said in missed if not said.startswith("run folder")]
-    why = "a run's own JSON carries no hash: what still parses after a mutation is taken as written"
+    # Cheap: a tenth of the rest has all of them.
+    tried = max(len(all_kept) * 2, round(MUTATIONS * min(1.0, 10 * setting.share)))
+    said = [
+        (all_kept[number % len(all_kept)], _mutated(setting, all_kept[number % len(all_kept)], dice))
+        for number in range(tried)
+    ]
     return [
-        Row(
-            "G4",
-            f"mutations of checkpoints, model folders and the data cache: {hashed}",
-            f"{of_hashed} of {hashed} found before use",
-            "all",
-            not others,
-            "; ".join(others[:3]),
+        _row(
+            "checkpoints, model folders and the data cache",
+            [miss for kept, miss in said if kept.name != RUN],
+            f"a model folder without its {files.MANIFEST} is anyone's, and taken as it is",
         ),
-        Row(
-            "G4",
-            f"mutations of a run folder's recipe, plan, ledger, metrics, state and results: {plain_tried}",
-            f"{plain_found} of {plain_tried} found before use",
-            "all",
-            not unhashed,
-            why if unhashed else "",
-        ),
+        _row("a run folder's records", [miss for kept, miss in said if kept.name == RUN]),
         _clean(setting, all_kept),
     ]
+
+
+def _row(what: str, said: list[str | None], why: str = "") -> Row:
+    missed = [miss for miss in said if miss]
+    figure = f"{len(said) - len(missed)} of {len(said)} found before use"
+    return Row("G4", f"mutations of {what}: {len(said)}", figure, "all", not missed, "; ".join(missed[:3]) or why)
 
 
 def _copies(setting: Setting) -> list[Kept]:
@@ -84,45 +75,35 @@ def _copies(setting: Setting) -> list[Kept]:
     home = fresh(setting.small.place / "home", setting.place / "home")
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     data, vocabulary = next((home / "data").glob("[!.]*")), next((home / "tokenizers").glob("[!.]*"))
-    plain: dict[str, Callable[[Path], object]] = {
-        RECIPE: recipe.stored,
-        PLAN: lambda path: read_json(_there(path), None),
-        LEDGER: lambda path: read(_there(path)),
-        METRICS: lambda path: list(read_lines(_there(path))),
-        STATE: lambda path: read_json(_there(path), None),
-        RESULTS: lambda path: Report.load(_there(path)),
-    }
     return [
         Kept("checkpoint", newest, files.damage),
-        Kept("model folder", run / FINAL, lambda path: ModelFolder.open(path) and None),
+        Kept(MODEL, run / FINAL, lambda path: ModelFolder.open(path) and None),
         Kept("dataset", data, lambda path: Dataset.open(path) and None),
         Kept("tokenizer", vocabulary, files.damage),
         *(
             Kept("tokens", path, lambda path: Tokens.open(path).verify())
             for path in sorted((home / "tokens").glob("[!.]*"))
         ),
-        *(Kept(f"run folder: {name}", run / name, partial(_read, work), hashed=False) for name, work in plain.items()),
+        *(Kept(RUN, run, _open_run, name) for name in RECORDS),
     ]
 
 
-def _there(path: Path) -> Path:
-    """A file that isn't there is missed at once, or empty: the run has no other way to know."""
-    if not path.exists() or not path.read_bytes().strip():
-        raise FileNotFoundError(path)
-    return path
-
-
-def _read(work: Callable[[Path], object], path: Path) -> None:
-    """Read a file of which only a refusal counts."""
-    work(path)
+def _open_run(path: Path) -> str | None:
+    """Read all of a run as its page does; the status of one that has lost its end."""
+    require_whole(path)
+    Story(path)
+    records.read(path / RECORD, None)
+    return None if status(path) == "finished" else status(path)
 
 
 def _mutated(setting: Setting, kept: Kept, dice: random.Random) -> str | None:
     """None if a mutation was found, else what was missed. The file is put back."""
-    paths = sorted(path for path in kept.path.rglob("*") if path.is_file()) if kept.path.is_dir() else [kept.path]
+    paths = kept.files()
     path, kind = dice.choice(paths), dice.choice(KINDS)
+    if kept.name == MODEL and path.name == files.MANIFEST and kind in ("delete", "rename"):
+        kind = "flip"  # a model folder without a manifest is anyone's, and taken as it is
     content, saved = path.read_bytes(), path.with_name("saved-aside")
-    others = [other for other in paths if other.read_bytes() != content]
+    others = [other for other in sorted(kept.path.rglob("*")) if other.is_file() and other.read_bytes() != content]
     if (kind == "swap" and not others) or (kind in ("flip", "cut", "empty") and not content):
         kind = "extend"
     shutil.copy2(path, setting.place / saved.name)
@@ -160,8 +141,6 @@ def _opened(setting: Setting, kept: Kept) -> str | None:
     except UserError as error:
         setting.seen(End(error={"kind": type(error).__name__, **dict(error.lines())}))
         return str(error)
-    except FileNotFoundError as error:
-        return str(error)
     return str(said) if said else None
 
 
@@ -175,8 +154,7 @@ def _clean(setting: Setting, all_kept: list[Kept]) -> Row:
 def _blamed(setting: Setting, kept: Kept) -> Iterator[str]:
     for path in [kept.path, *kept.path.rglob("*")]:
         os.utime(path, (1, 1))
-    copied = setting.folder("copied") / kept.path.name
-    (shutil.copytree if kept.path.is_dir() else shutil.copy)(kept.path, copied)
+    copied = fresh(kept.path, setting.place / "copied" / kept.path.name)
     for place in (kept.path, copied):
         if said := _opened(setting, Kept(kept.name, place, kept.open)):
             yield said

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espalier import records
 from espalier.data.pack import Shard, Tokens
 from espalier.data.stream import Stream
 from espalier.errors import NumericsError
@@ -18,7 +19,7 @@ from espalier.ledger import Cost
 from espalier.model import build
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
-from espalier.run import METRICS, Run, read_lines
+from espalier.run import METRICS, Run
 from espalier.spec import ModelSpec
 from espalier.train.checkpoint import Progress
 from espalier.train.device import Device
@@ -148,7 +149,7 @@ class Case:
 
     def skipped(self) -> list[int]:
         """The steps that the run's metrics call non-finite."""
-        return [line["step"] for line in read_lines(self.run.folder / METRICS) if "nonfinite" in line]
+        return [line["step"] for line in records.read_lines(self.run.folder / METRICS) if "nonfinite" in line]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

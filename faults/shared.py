@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file
 from tests.ranks import run_ranks
 
-from espalier.run import FINAL, METRICS, read_lines
+from espalier import records
+from espalier.run import FINAL, METRICS
 from espalier.train import checkpoint, loop
 from espalier.world import World
 from faults.resume import FROM, INTO
@@ -100,7 +101,7 @@ def _then_signalled(update: Callable[..., Any], stop: int) -> Callable[..., Any]
 
 
 def _losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / METRICS) if "loss" in line]
+    return [line["loss"] for line in records.read_lines(run / METRICS) if "loss" in line]
 
 
 def _same_end(one: Path, other: Path) -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from espalier import files
+from espalier import files, records
 from espalier.data.pack import CARD, Tokens
 from espalier.data.prepare import DataRecipe, corpus
 from espalier.errors import UserError
@@ -21,7 +21,7 @@ from espalier.model.axes import discover
 from espalier.model.mup import Parametrization
 from espalier.recipe import Recipe
 from espalier.report import Report
-from espalier.run import FINAL, METRICS, RECIPE, RESULTS, Run, read_json, read_lines
+from espalier.run import FINAL, METRICS, RECIPE, RESULTS, Run
 from espalier.train import checkpoint
 from espalier.train.device import Device
 from faults.small import Small, save, silent, state_of
@@ -157,12 +157,12 @@ def _spent(place: Path) -> Any:
 def _log(place: Path, steps: int) -> None:
     with Run.start(place / "run", Recipe(), tell=silent) as run:
         run.rewind_metrics(3, stage=0)
-        for step in range(len(list(read_lines(run.folder / METRICS))) + 1, steps + 1):
+        for step in range(len(list(records.read_lines(run.folder / METRICS))) + 1, steps + 1):
             run.log_metrics(step=step, stage=0, loss=1.0)
 
 
 def _logged(place: Path) -> Any:
-    return [line["step"] for line in read_lines(place / "run" / METRICS)]
+    return [line["step"] for line in records.read_lines(place / "run" / METRICS)]
 
 
 def _begin_and_end(place: Path) -> None:
@@ -174,7 +174,7 @@ def _begin_and_end(place: Path) -> None:
 def _status(place: Path) -> Any:
     """A begun run's ledger can be read, and its status is one that a run may have."""
     read(place / "run" / "ledger.jsonl")
-    status = read_json(place / "run" / "state.json", {"status": "running"})["status"]
+    status = records.read(place / "run" / "state.json", {"status": "running"})["status"]
     assert status in ("running", "finished", "failed"), status
     return status, (place / "run" / RECIPE).exists()
 

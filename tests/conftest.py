@@ -24,12 +24,13 @@ import yaml
 from hypothesis import settings
 from tests.ranks import run_ranks
 
+from espalier import records
 from espalier.budget.hardware import Hardware, remember
 from espalier.data.pack import Shard, Tokens
 from espalier.data.stream import Stream
 from espalier.ledger import Cap
 from espalier.recipe import Recipe
-from espalier.run import METRICS, Run, read_lines
+from espalier.run import METRICS, Run
 
 # Tensors as small as the tests' gain nothing from threads, which only wait for each other. torch isn't imported yet.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -260,7 +261,7 @@ def logged_steps() -> Callable[[Path], int]:
     """The last step that a run has logged, 0 before the first."""
 
     def logged_steps(run: Path) -> int:
-        return max((line["step"] for line in read_lines(run / METRICS)), default=0)
+        return max((line["step"] for line in records.read_lines(run / METRICS)), default=0)
 
     return logged_steps
 

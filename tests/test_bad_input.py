@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from espalier import files
+from espalier import files, records
 from espalier.data.prepare import QUARANTINE
-from espalier.run import FINAL, LEDGER, LOG, METRICS, PLAN, RECIPE, STATE, read_json
+from espalier.run import FINAL, LEDGER, LOG, METRICS, PLAN, RECIPE, STATE
 from espalier.train.checkpoint import list_steps
 
 LABELS = ["where", "found", "expected", "mend"]
@@ -174,7 +174,7 @@ def test_numbers_that_are_not_finite(refused, tmp_path):
     err = refused(7, "optimizer.learning_rate=1e38", "optimizer.vector_learning_rate=1e38")
     assert "step " in err and "finite numbers" in err
     run = tmp_path / "runs" / "tiny"
-    assert read_json(run / STATE, None)["status"] == "failed"
+    assert records.read(run / STATE, None)["status"] == "failed"
     assert "NumericsError" in (run / LOG).read_text(), "the traceback is in the log"
 
 
@@ -214,11 +214,11 @@ def test_damaged_checkpoints(refused, espalier, stopped, recipe_file, finished):
 
 
 def test_damaged_files_of_a_run(refused, stopped):
-    for name, code in ((PLAN, 5), (STATE, 5), (METRICS, 5), (LEDGER, 5), (RECIPE, 2)):
+    for name in (PLAN, STATE, METRICS, LEDGER, RECIPE):
         path = stopped / name
         content = path.read_text()
         path.write_text("{" + content[1:].replace(":", ";", 3))
-        assert f"runs/tiny/{name}" in refused(code)
+        assert f"runs/tiny/{name}" in refused(5)
         path.write_text(content)
     assert len(list_steps(stopped)) == 2
 

@@ -11,13 +11,14 @@ from tests.keys import another, leaves
 from tests.test_pipeline import killed, same_weights
 from tests.test_recipe import CLASSES
 
-from espalier import changes, recipe
+from espalier import changes, recipe, records
 from espalier.changes import Change
 from espalier.errors import RunError
 from espalier.folder import MADE
 from espalier.offers import PlanRecipe
 from espalier.pipeline import PretrainRecipe
-from espalier.run import CHANGES, FINAL, METRICS, PAGE, RECIPE, Run, read_json, read_lines
+from espalier.run import CHANGES, FINAL, METRICS, PAGE, RECIPE, Run
+from espalier.untrusted import read_json
 
 # What an unfinished run may be told anew; every other key of the main recipe makes another run.
 ALLOWED = {
@@ -112,7 +113,7 @@ def test_safe_changes_all_at_once_leave_every_bit(espalier, recipe_file, begun, 
     done = espalier("run", recipe_file, *safe, "name=other")
     assert done.code == 0, done.err
     assert same_weights(renamed, finished)
-    recorded = {line["key"].removesuffix(".0") for line in read_lines(renamed / CHANGES)}
+    recorded = {line["key"].removesuffix(".0") for line in records.read_lines(renamed / CHANGES)}
     assert recorded == {"expected" if key.startswith("expected") else key for key in ALLOWED["safe"].split()}
 
 
@@ -128,7 +129,7 @@ def test_a_flagged_change_waits_for_consent_and_is_on_record(espalier, recipe_fi
     done = espalier(*slower, "--accept-changes", "optimizer.learning_rate")
     assert done.code == 0, done.err
     step = int(re.search(r"Resumed at step (\d+)", done.out)[1])
-    made = read_json(broken_off / FINAL / MADE, None)
+    made = read_json(broken_off / FINAL / MADE)
     change = {"key": "optimizer.learning_rate", "saved": 0.02, "now": 0.01, "resume": "flag", "step": step}
     assert [line for line in made["changes"] if line.items() >= change.items()]
     assert made["recipe"]["optimizer"]["learning_rate"] == 0.01
@@ -137,8 +138,8 @@ def test_a_flagged_change_waits_for_consent_and_is_on_record(espalier, recipe_fi
         f"After step {step} optimizer.learning_rate was 0.01, before it 0.02." in page
         and "logging_steps was" not in page
     )
-    rates = {line["step"]: line["learning_rate"] for line in read_lines(broken_off / METRICS) if "loss" in line}
-    calm = {line["step"]: line["learning_rate"] for line in read_lines(finished / METRICS) if "loss" in line}
+    rates = {line["step"]: line["learning_rate"] for line in records.read_lines(broken_off / METRICS) if "loss" in line}
+    calm = {line["step"]: line["learning_rate"] for line in records.read_lines(finished / METRICS) if "loss" in line}
     assert all(rate == pytest.approx(calm[at] / (2 if at > step else 1)) for at, rate in rates.items())
     assert not same_weights(broken_off, finished)
 

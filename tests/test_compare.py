@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from espalier import compare
+from espalier import compare, records
 from espalier.errors import RecipeError
 from espalier.report import Report
-from espalier.run import PAGE, RESULTS, Run, read_lines
+from espalier.run import PAGE, RESULTS, Run
 
 FLOPS = 6e8
 STAGES = [{"num_hidden_layers": 1, "duration": "40%"}, {"num_hidden_layers": 3, "duration": "60%"}]
@@ -73,7 +73,11 @@ def test_each_way_has_its_best_rate_and_every_seed(compared):
 def test_both_operators_begin_from_one_source(compared):
     folder, _ = compared
     curves = [
-        [(line["step"], line["eval_loss"]) for line in read_lines(path / "metrics.jsonl") if "eval_loss" in line][:2]
+        [
+            (line["step"], line["eval_loss"])
+            for line in records.read_lines(path / "metrics.jsonl")
+            if "eval_loss" in line
+        ][:2]
         for path in ((folder / compare.TRIALS / f"{name}-rate0.01-seed1") for name in ("stack", "as-it-was"))
     ]
     assert curves[0] == curves[1]

@@ -16,12 +16,12 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from espalier import files, launch, planner, recipe
+from espalier import files, launch, planner, recipe, records
 from espalier.budget import hardware
 from espalier.errors import BudgetError, RecipeError
 from espalier.launch import Job
 from espalier.pipeline import PretrainRecipe
-from espalier.run import FINAL, STATE, read_json
+from espalier.run import FINAL, STATE
 
 SETTINGS = {"setup": "", "command": "espalier"}
 STORAGE = "s3://runs"
@@ -126,12 +126,12 @@ def test_a_run_is_saved_requeued_and_goes_on(cluster, job, finished, logged_step
     os.kill(step, signal.SIGTERM)
     assert first.wait(60) == 143 and "SIGTERM: saving" in cluster.read("log")
     assert cluster.requeued == ["requeue 42"]
-    assert read_json(run / STATE, None)["status"] == "stopped"
+    assert records.read(run / STATE, None)["status"] == "stopped"
 
     second = cluster.start(text, restarts=1)
     assert second.wait(60) == 0 and "Resumed at step" in cluster.read("log")
     assert cluster.requeued == ["requeue 42"]
-    assert read_json(run / STATE, None)["status"] == "finished" and (run / FINAL).is_dir()
+    assert records.read(run / STATE, None)["status"] == "finished" and (run / FINAL).is_dir()
 
 
 @pytest.mark.parametrize("code, ended", [(0, 0), (10, 0), (1, 1), (2, 2), (5, 5), (8, 8), (130, 130), (137, 137)])

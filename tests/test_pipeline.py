@@ -15,12 +15,14 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from espalier import files
+from espalier import files, records
+from espalier.data import origin
 from espalier.folder import MADE, WEIGHTS, ModelFolder
 from espalier.ledger import Ledger
 from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, STATE, read_json, read_lines
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, STATE
 from espalier.train.checkpoint import list_steps
+from espalier.untrusted import read_json
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -52,10 +54,10 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file, shared_home, tmp
     assert {RECIPE, PLAN, LEDGER, METRICS, STATE, RESULTS, PAGE, FINAL} <= present
     assert not any(name.startswith(files.PARTIAL) for name in present)
     assert str(run / FINAL) in done.stdout and str(run / PAGE) in done.stdout
-    assert read_json(run / STATE, None)["status"] == "finished"
+    assert records.read(run / STATE, None)["status"] == "finished"
     assert same_weights(run, finished), "another process of the same recipe makes the same model"
 
-    took, charged = read_json(run / STATE, None)["time"] - began, Ledger(run / LEDGER).total.seconds
+    took, charged = records.read(run / STATE, None)["time"] - began, Ledger(run / LEDGER).total.seconds
     assert charged == pytest.approx(took, rel=0.05, abs=1.0)  # the system knows a process's start to a second
 
 
@@ -68,7 +70,7 @@ def test_the_final_folder_is_one_that_others_can_use(finished):
 
 
 def test_made_json_says_how_and_at_what_cost(finished):
-    made = read_json(finished / FINAL / MADE, None)
+    made = read_json(finished / FINAL / MADE)
     assert (made["method"], made["seed"], made["run"], made["parents"]) == ("pretrain", 1, "tiny", [])
     assert made["recipe"] == yaml.safe_load((finished / RECIPE).read_text())
     assert [stage["hidden_size"] for stage in made["stages"]] == [32, 48]
@@ -98,8 +100,8 @@ def test_an_expected_interval_has_two_ends(espalier, recipe_file, end):
 
 
 def test_results_metrics_ledger_and_plan_agree(finished):
-    results, plan = Report.load(finished / RESULTS), read_json(finished / PLAN, None)
-    lines = list(read_lines(finished / METRICS))
+    results, plan = Report.load(finished / RESULTS), records.read(finished / PLAN, None)
+    lines = list(records.read_lines(finished / METRICS))
     evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert results.value("held-out", "loss") == evaluated[-1]
     assert results.context["samples"][0][0] == "def "
@@ -135,7 +137,7 @@ def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(
     stopped = command.wait()
     assert stopped.code == code, stopped.err
     assert number.name in stopped.out and "Run it again to go on." in stopped.out
-    assert read_json(run / STATE, None)["status"] == "stopped"
+    assert records.read(run / STATE, None)["status"] == "stopped"
     newest = list_steps(run)[0]
     assert step <= newest <= logged_steps(run) < 40
     assert writes_text(run / f"checkpoint-{newest}")
@@ -144,7 +146,7 @@ def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(
     assert resumed.code == 0, resumed.err
     assert f"Resumed at step {newest} " in resumed.out
     assert same_weights(run, finished)
-    lines = [line["step"] for line in read_lines(run / METRICS) if "loss" in line]
+    lines = [line["step"] for line in records.read_lines(run / METRICS) if "loss" in line]
     assert lines == list(range(1, 41))
     assert Ledger(run / LEDGER).spent(kind="train").tokens == 2560
 
@@ -195,17 +197,16 @@ def test_killed_before_its_recipe_was_written_a_run_begins_again(espalier, recip
 
 
 def test_a_budget_that_ends_first_leaves_a_usable_model(espalier, recipe_file, finished, tmp_path):
-    training = read_json(finished / PLAN, None)["plan"]["total"]["flops"]
+    training = records.read(finished / PLAN, None)["plan"]["total"]["flops"]
     cap = 1.01 * training  # the training alone would fit, the evaluations don't
     command = ("run", recipe_file, f"budget.flops={cap}", "budget.reserve=0")
     done = espalier(*command)
     assert done.code == 10, done.err
     run = tmp_path / "runs" / "tiny"
-    assert read_json(run / STATE, None) == {
-        "status": "finished",
-        "reason": "the budget was spent",
-        "time": pytest.approx(time.time(), abs=600),
-    }
+    state = records.read(run / STATE, None)
+    assert (state["status"], state["reason"]) == ("finished", "the budget was spent")
+    assert state["time"] == pytest.approx(time.time(), abs=600)
+    assert set(state["seals"]) == {RECIPE, PLAN, LEDGER, METRICS, RESULTS, origin.RECORD}
     assert Ledger(run / LEDGER).total.flops <= cap
     assert 0 < Report.load(run / RESULTS).context["step"] < 40
     assert writes_text(run / FINAL)
@@ -216,7 +217,7 @@ SHARES = ("stages.0.duration=40%", "stages.1.duration=60%", "train.logging_steps
 
 
 def replanned(run: Path) -> list[dict]:
-    return [line for line in read_lines(run / METRICS) if "planned_anew" in line]
+    return [line for line in records.read_lines(run / METRICS) if "planned_anew" in line]
 
 
 def test_an_hour_that_passed_unused_is_planned_for(espalier, recipe_file, tmp_path, logged_steps):
@@ -230,7 +231,7 @@ def test_an_hour_that_passed_unused_is_planned_for(espalier, recipe_file, tmp_pa
     done = command.wait()
     least = min(line["planned_anew"] for line in replanned(run))
     assert "Planned anew" in done.out and f"{least:.2f} x" in done.out
-    kept = read_json(run / PLAN, None)
+    kept = records.read(run / PLAN, None)
     assert kept["plan"]["total"]["tokens"] != kept["first"]["total"]["tokens"]
     assert Ledger(run / LEDGER).total.seconds < seconds
     assert ModelFolder.open(run / FINAL).spec.hidden_size == 48, "it has grown"

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier import files, recipe
+from espalier import files, recipe, records
 from espalier import run as module
 from espalier.errors import RunError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Rates, read
 from espalier.recipe import ByField, Flagged, Planned, Recipe, Safe
-from espalier.run import CHANGES, LEDGER, LOCK, LOG, METRICS, RECIPE, Run, read_json, read_lines
+from espalier.run import CHANGES, LEDGER, LOCK, LOG, METRICS, RECIPE, Run, status
 
 
 class Stage(Recipe):
@@ -152,7 +152,7 @@ def test_changes_are_taken_over_or_refused_by_their_classes(tmp_path_factory, ke
     allowed = {"safe"} if finished else {"safe", "planned", "flag"}
     if classes <= allowed and ("rate" not in keys or "rate" in accept):
         with Run.start(folder, marked(keys), tell=told.append, accept=accept) as run:
-            lines = list(read_lines(folder / CHANGES))
+            lines = list(records.read_lines(folder / CHANGES))
             kept = Marked() if finished else marked(keys)
             assert run.recipe == kept == recipe.load(Marked, folder / RECIPE)
             assert run.made("x", seed=1)["changes"] == lines
@@ -180,14 +180,16 @@ def test_what_is_to_be_taken_back_is_told_as_it_has_to_be_typed(start, folder):
 def test_a_change_is_on_record_from_the_earliest_step_that_it_holds_for(start, folder):
     start(Marked()).close()
     run = start(marked({"rate"}), accept=["rate"])
-    assert "step" not in next(read_lines(folder / CHANGES))
+    assert "step" not in next(records.read_lines(folder / CHANGES))
     for step, earliest in ((8, 8), (12, 8), (4, 4)):
         run.went_on(step)
-        assert [line["step"] for line in read_lines(folder / CHANGES)] == [earliest]
+        assert [line["step"] for line in records.read_lines(folder / CHANGES)] == [earliest]
     run.close()
     for _ in range(2):
         start(Marked(), accept=["rate"]).close()
-    assert [line["now"] for line in read_lines(folder / CHANGES)] == [2.0, 1.0], "what has been taken back has been"
+    assert [line["now"] for line in records.read_lines(folder / CHANGES)] == [2.0, 1.0], (
+        "what has been taken back has been"
+    )
 
 
 def test_a_change_that_a_kill_kept_from_being_made_leaves_no_record(start, folder, monkeypatch):
@@ -203,12 +205,12 @@ def test_a_change_that_a_kill_kept_from_being_made_leaves_no_record(start, folde
     with pytest.raises(KeyboardInterrupt):
         start(marked({"rate", "name"}), accept=["rate"])
     monkeypatch.undo()
-    assert len(list(read_lines(folder / CHANGES))) == 2
+    assert len(list(records.read_lines(folder / CHANGES))) == 2
     run = start(marked({"name"}))
     assert [line["key"] for line in run.made("x", seed=1)["changes"]] == ["name"]
     run.close()
     start(marked({"name"}))
-    assert [line["key"] for line in read_lines(folder / CHANGES)] == ["name"], "what was made stays on record"
+    assert [line["key"] for line in records.read_lines(folder / CHANGES)] == ["name"], "what was made stays on record"
 
 
 def test_every_rank_is_refused_what_the_leader_is(ranks, tmp_path):
@@ -223,12 +225,52 @@ def test_every_rank_is_refused_what_the_leader_is(ranks, tmp_path):
     assert one == other and "seed" in one
 
 
-def test_a_stored_recipe_that_was_broken_by_hand_is_refused_by_its_line(start, folder):
+def test_a_stored_recipe_that_was_changed_by_hand_is_refused(start, folder):
     start().close()
-    (folder / RECIPE).write_text("name: x\nrate: [")
+    (folder / RECIPE).write_text((folder / RECIPE).read_text().replace("rate: ", "rate: 1"))
     for _ in range(2):
-        with pytest.raises(recipe.RecipeError, match=r"recipe\.yaml:2"):
+        with pytest.raises(RunError, match=r"recipe\.yaml.*its seal doesn't fit"):
             start()
+
+
+@pytest.mark.parametrize("ended", ["finished", "stopped", "failed"])
+@pytest.mark.parametrize("name", [RECIPE, LEDGER, METRICS])
+@pytest.mark.parametrize("how", ["gone", "shorter"])
+def test_a_run_that_has_lost_what_it_ended_with_is_refused(start, folder, ended, name, how):
+    with start() as run:
+        for step in (1, 2):
+            run.log_metrics(step=step, stage=0)
+            run.charge("train")
+        run.finish(ended)
+    path = folder / name
+    lines = path.read_text().splitlines(keepends=True)
+    path.unlink() if how == "gone" else path.write_text("".join(lines[:-1]))
+    with pytest.raises(RunError, match=name if (name, how) != (RECIPE, "gone") else "other files"):
+        start()
+
+
+def test_what_a_run_adds_after_it_was_taken_up_is_no_loss(start, folder):
+    for ended in ("stopped", "failed", None):
+        with start() as run:
+            run.log_metrics(step=1, stage=0)
+            run.charge("train")
+            if ended:
+                run.finish(ended)
+    assert start().state["status"] == "running"
+
+
+def test_the_status_of_a_run_is_whether_somebody_is_at_work_or_how_it_ended(start, folder):
+    with start() as run:
+        assert status(folder) == "running"
+    assert status(folder) == "unfinished", "its process ended without a word"
+    with start() as run:
+        run.finish("stopped")
+    assert status(folder) == "stopped"
+    with start() as run:
+        assert status(folder) == "running"
+        run.finish("finished")
+    start().close()
+    assert status(folder) == "finished"
 
 
 def test_a_folder_with_other_files_is_refused_untouched(start, folder):
@@ -364,7 +406,8 @@ def test_an_error_ends_in_the_status_and_its_traceback_in_the_log(start, folder,
         assert run.state == {"status": "running"}
         raise ValueError("odd number")
     assert raised.value.log == folder / LOG
-    assert run.state == {"status": "failed", "reason": "odd number", "time": clock.now}
+    ended = {"status": "failed", "time": clock.now, "reason": "odd number"}
+    assert run.state == ended | {"seals": {RECIPE: records.last_seal(folder / RECIPE)}}
     assert "Traceback" in (folder / LOG).read_text()
     start()
 
@@ -388,7 +431,7 @@ def test_the_first_error_is_told_even_if_nothing_can_be_recorded(start, folder, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    (folder / RECIPE).write_text(recipe.dump(Job()))
+    records.write_signed(folder / RECIPE, recipe.dump(Job()))
     with pytest.raises(ValueError, match="the first"), start():
         monkeypatch.setattr(files, "write_json", full)
         raise ValueError("the first")
@@ -415,11 +458,11 @@ def test_metrics_are_rewound_to_a_step_and_go_on_from_there(tmp_path_factory, st
                 file.write('{"step": 0, "lo')
         run.rewind_metrics(until, stage=0)
         run.log_metrics(step=until, stage=0, loss=1.5)
-        lines = list(read_lines(run.folder / METRICS))
+        lines = list(records.read_lines(run.folder / METRICS))
     kept = [{"step": step, "stage": 0, "loss": 0.5} for step in steps if step <= until]
     assert lines == [*kept, {"step": until, "stage": 0, "loss": 1.5}]
 
 
 def test_files_that_are_not_there_read_as_nothing(tmp_path):
-    assert read_json(tmp_path / "no.json", 7) == 7
-    assert list(read_lines(tmp_path / "no.jsonl")) == []
+    assert records.read(tmp_path / "no.json", 7) == 7
+    assert list(records.read_lines(tmp_path / "no.jsonl")) == []

@@ -1,6 +1,5 @@
 """The story of a run: its files, told without adding anything, whatever a model wrote and wherever a run stopped."""
 
-import json
 import shutil
 
 import pytest
@@ -8,11 +7,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from espalier import story, units
+from espalier import records, story, units
 from espalier.errors import RunError
 from espalier.ledger import Cap, Ledger
 from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, STATE
 from espalier.story import Story, tell, tell_plan, write_page
 
 
@@ -98,6 +97,7 @@ def tell_sample(copy_of_finished):
         results = Report.load(copy_of_finished / RESULTS)
         results.context["samples"] = [[prompt, completion]]
         results.save(copy_of_finished / RESULTS)
+        (copy_of_finished / STATE).unlink(missing_ok=True)
         tell(copy_of_finished)
         write_page(copy_of_finished)
 
@@ -120,7 +120,7 @@ def test_what_looks_like_markup_is_text(tell_sample, capsys, text):
 
 @pytest.mark.parametrize("lines", [0, 1, 5, 30])
 def test_a_run_that_is_under_way_has_a_story_too(copy_of_finished, lines, capsys):
-    for name in (FINAL, RESULTS, PAGE):
+    for name in (FINAL, RESULTS, PAGE, STATE):
         path = copy_of_finished / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (LEDGER, METRICS):
@@ -139,7 +139,8 @@ def test_the_page_is_one_file_with_everything_in_it(copy_of_finished):
 
 
 def test_a_run_that_was_never_planned_has_no_story(copy_of_finished):
-    (copy_of_finished / PLAN).unlink()
+    for name in (PLAN, STATE):
+        (copy_of_finished / name).unlink()
     with pytest.raises(RunError, match=r"no plan\.json") as refusal:
         Story(copy_of_finished)
     assert refusal.value.exit_code == 5
@@ -160,9 +161,10 @@ def test_a_growth_is_named_by_what_it_changed(told):
 
 
 def test_energy_that_was_metered_is_called_measured(copy_of_finished):
-    lines = [json.loads(line) for line in (copy_of_finished / LEDGER).read_text().splitlines()]
+    lines = list(records.read_lines(copy_of_finished / LEDGER))
     lines[-1]["measured"] = ["seconds", "kwh"]
-    (copy_of_finished / LEDGER).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records.replace_lines(copy_of_finished / LEDGER, lines)
+    (copy_of_finished / STATE).unlink()
     assert Story(copy_of_finished).basis("kwh") == "measured"
     assert Story(copy_of_finished).basis("usd") == "estimated"
 
@@ -172,7 +174,8 @@ def test_what_a_law_expected_is_set_against_what_the_run_came_to(copy_of_finishe
     loss = Report.load(copy_of_finished / RESULTS).value("held-out", "loss")
     values = yaml.safe_load((copy_of_finished / RECIPE).read_text())
     values["expected"] = {"loss": loss - off, "low": loss - off - 0.2, "high": loss - off + 0.2}
-    (copy_of_finished / RECIPE).write_text(yaml.safe_dump(values))
+    records.write_signed(copy_of_finished / RECIPE, yaml.safe_dump(values))
+    (copy_of_finished / STATE).unlink()
     (row,) = (row for row in Story(copy_of_finished).plan_rows() if row.quantity == "Held-out loss")
     assert (row.planned, row.actual, row.basis) == (loss - off, loss, "measured")
     (note,) = (note for note in Story(copy_of_finished).notes() if note.startswith("Held-out loss"))
@@ -189,8 +192,9 @@ def test_what_went_wrong_with_the_numbers_is_told(copy_of_finished, capsys):
         {"step": 12, "rewound_from": 30, "spike": 8.25, "skipped": [80, 140]},
         {"step": 33, "spike": 7.5},
     ]
-    with (copy_of_finished / METRICS).open("a") as file:
-        file.writelines(json.dumps({"stage": 0, **line}) + "\n" for line in lines)
+    (copy_of_finished / STATE).unlink()
+    for line in lines:
+        records.append(copy_of_finished / METRICS, {"stage": 0, **line})
     notes = list(Story(copy_of_finished).notes())
     assert notes[:3] == [
         "2 updates were not made, of numbers that weren't finite: step 3, 9.",

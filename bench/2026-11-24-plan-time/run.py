@@ -15,11 +15,11 @@ from pathlib import Path
 import yaml
 
 import espalier  # noqa: F401  (before torch)
-from espalier import files, planner
+from espalier import files, planner, records
 from espalier.budget.plan import Plan
 from espalier.ledger import Ledger
 from espalier.pipeline import PretrainRecipe
-from espalier.run import LEDGER, PLAN, read_json
+from espalier.run import LEDGER, PLAN
 
 HERE = Path(__file__).parent
 SECONDS = 60.0
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
         path.write_text(yaml.safe_dump(told.model_dump(mode="json")))
         command = [sys.executable, "-m", "espalier", "run", str(path), f"--runs={folder}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        kept, ledger = read_json(folder / name / PLAN, None), Ledger(folder / name / LEDGER)
+        kept, ledger = records.read(folder / name / PLAN, None), Ledger(folder / name / LEDGER)
         planned, trained = Plan.from_json(kept["plan"]).total.seconds, ledger.spent(kind="train").seconds
         rows[name] = {
             "parameters": Plan.from_json(kept["plan"]).stages[-1].parameters,

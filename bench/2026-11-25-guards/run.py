@@ -26,12 +26,12 @@ sys.path.insert(0, str(HERE.parent))
 import arms  # noqa: E402
 import numpy as np  # noqa: E402
 
-from espalier import files  # noqa: E402
+from espalier import files, records  # noqa: E402
 from espalier.data import stream  # noqa: E402
 from espalier.data.stream import Batch, Stream  # noqa: E402
 from espalier.model import build  # noqa: E402
 from espalier.model.mup import Parametrization  # noqa: E402
-from espalier.run import METRICS, RESULTS, read_lines  # noqa: E402
+from espalier.run import METRICS, RESULTS  # noqa: E402
 from espalier.spec import ModelSpec  # noqa: E402
 from espalier.train.device import Device  # noqa: E402
 from espalier.train.guards import Guards  # noqa: E402
@@ -138,7 +138,7 @@ def healthy(runs: Path) -> list[dict[str, Any]]:
     rows = []
     for name, told in HEALTHY.items():
         carried_out({"name": name, **RECIPE, **told}, runs)
-        lines = [line for line in read_lines(runs / name / METRICS) if "loss" in line]
+        lines = [line for line in records.read_lines(runs / name / METRICS) if "loss" in line]
         growths = {n for n in range(1, len(lines)) if lines[n]["stage"] != lines[n - 1]["stage"]}
         norms = [math.log(line["grad_norm"]) for line in lines]
         rows.append(
@@ -200,7 +200,7 @@ def poisoned(runs: Path) -> list[dict[str, Any]]:
         told = {"name": name, "seed": seed, **RECIPE, "stages": [{**SMALL, "duration": "800k tokens"}], "train": train}
         with mock.patch.object(stream, "Stream", functools.partial(Poisoned, begin=begin, end=begin + ROWS * length)):
             figures = carried_out(told, runs)
-        lines = list(read_lines(runs / name / METRICS))
+        lines = list(records.read_lines(runs / name / METRICS))
         rewinds = sum("rewound_from" in line for line in lines)
         told_only = sum("spike" in line for line in lines) - rewinds
         rows.append(

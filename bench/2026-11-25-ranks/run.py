@@ -36,12 +36,12 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 
-from espalier import pipeline  # noqa: E402
+from espalier import pipeline, records  # noqa: E402
 from espalier.data.pack import Shard, Tokens  # noqa: E402
 from espalier.data.stream import Batch, Stream  # noqa: E402
 from espalier.model import shards  # noqa: E402
 from espalier.model.mup import Parametrization  # noqa: E402
-from espalier.run import METRICS, read_lines  # noqa: E402
+from espalier.run import METRICS  # noqa: E402
 from espalier.spec import ModelSpec  # noqa: E402
 from espalier.train.checkpoint import Progress, Saver, When  # noqa: E402
 from espalier.train.device import Device, initial_model  # noqa: E402
@@ -217,7 +217,7 @@ def ends_with(run: Path) -> dict[str, Any]:
         tensors = {name: value for file in folder.glob(pattern) for name, value in load_file(file).items()}
         for name in sorted(tensors):
             found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
-    losses = [line["loss"] for line in read_lines(run / METRICS) if "loss" in line]
+    losses = [line["loss"] for line in records.read_lines(run / METRICS) if "loss" in line]
     return {"digest": found.hexdigest(), "losses": losses}
 
 

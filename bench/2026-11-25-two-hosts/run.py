@@ -30,7 +30,8 @@ import psutil
 import torch
 import yaml
 
-from espalier.run import METRICS, STATE, read_json, read_lines
+from espalier import records
+from espalier.run import METRICS, STATE
 
 HERE = Path(__file__).parent
 PORT, LOST_AT, PATIENCE = 29511, 120, 240.0
@@ -192,14 +193,19 @@ def undisturbed(work: Path) -> dict:
 
 
 def step_of(run: Path) -> int:
-    return max((line["step"] for line in read_lines(run / METRICS)), default=0)
+    return max((line["step"] for line in records.read_lines(run / METRICS)), default=0)
+
+
+def noted(path: Path) -> list[dict]:
+    """The whole lines of a host's notes; a kill may have cut the last one short."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def read(run: Path, work: Path, readers: list[Host]) -> dict:
     """What a run came to, and what its ranks have read by their notes, which are used up."""
     updates: dict[int, dict] = {}
     unshared = 0
-    notes = [line for host in readers for line in read_lines(work / f"{host.name}.rows")]
+    notes = [line for host in readers for line in noted(work / f"{host.name}.rows")]
     for line in notes:
         updates.setdefault(line["start"], line)
         parts = [part["own"] for part in notes if part["start"] == line["start"] and part["ranks"] == line["ranks"]]
@@ -208,9 +214,9 @@ def read(run: Path, work: Path, readers: list[Host]) -> dict:
     for host in readers:
         (work / f"{host.name}.rows").unlink(missing_ok=True)
     order = [row for start in sorted(updates) for row in updates[start]["all"]]
-    losses = {line["step"]: line["loss"] for line in read_lines(run / METRICS) if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in records.read_lines(run / METRICS) if "loss" in line}
     return {
-        "status": read_json(run / STATE, {})["status"],
+        "status": records.read(run / STATE, {})["status"],
         "updates": len(updates),
         "updates_not_shared_out_whole": unshared,
         "rows_sha256": hashlib.sha256(json.dumps(order).encode()).hexdigest(),

@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 RESUMABLE = ".resumable-"
 RETIRED = ".retired-"
+UNWRITABLE = {getattr(errno, name) for name in ("EROFS", "EACCES", "EPERM", "EIO", "EEXIST", "ENOTDIR", "ENAMETOOLONG")}
 
 
 def home() -> Path:
@@ -81,14 +82,26 @@ def write_bytes(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, _json(value))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where there is none; their names are on the disk when this returns."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -111,7 +124,7 @@ def new_folder(path: Path, *, need_bytes: int = 0) -> Path:
     """An empty folder beside `path`, to be filled and put in its place; `ResourceError` if the disk is too full."""
     partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     with disk_errors(path, need_bytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         require_space(path.parent, need_bytes)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -149,8 +162,8 @@ class Journal:
 
     def add(self, name: str, sha256: str) -> None:
         """Record that the file `name`, whose bytes have this hash, is finished: from now on it must not change."""
-        _sync(self.folder / name)
-        _sync((self.folder / name).parent)
+        sync(self.folder / name)
+        sync((self.folder / name).parent)
         self.finished[name] = _entry(self.folder / name, sha256)
         write_json(self.path, {"key": self.key, "files": self.finished})
 
@@ -177,7 +190,7 @@ def resumable_folder(path: Path, key: str, *, need_bytes: int = 0) -> Iterator[J
     """
     place = path.with_name(f"{RESUMABLE}{path.name}")
     with disk_errors(path, need_bytes):
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
         with _only_writer(path, place):
             journal = Journal.take_up(place, key)
             try:
@@ -221,12 +234,15 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     Of several `parts` of its files, by one of which a rank may be satisfied, only one is read.
     """
     try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"].items()
+        text = (folder / MANIFEST).read_text()
+        entries = json.loads(text)["files"].items()
         recorded = [(name, {"bytes": entry["bytes"], "sha256": entry["sha256"]}) for name, entry in entries]
     except FileNotFoundError:
         return f"{folder.name} has no {MANIFEST}: it was never finished"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder.name}/{MANIFEST} can't be read"
+    if text != _json({"files": dict(entries)}):
+        return f"{folder.name}/{MANIFEST} isn't as it was written"
     for name, entry in recorded[part::parts]:
         path = folder / name
         if not path.is_file():
@@ -264,7 +280,7 @@ def disk_errors(path: Path, need_bytes: int = 0) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             there = next(parent for parent in path.absolute().parents if parent.exists())
             raise _disk_full(path, need_bytes, shutil.disk_usage(there).free) from error
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if number is not None and number in UNWRITABLE:
             raise ResourceError(
                 str(path),
                 found=f"the system said: {os.strerror(number)}",
@@ -294,7 +310,7 @@ def _disk_full(path: Path, need_bytes: int, free: int) -> ResourceError:
 
 def written(path: Path, sha256: str) -> dict[str, Any]:
     """What a manifest records of a file that is complete and has this hash; it is on the disk when this returns."""
-    _sync(path)
+    sync(path)
     return _entry(path, sha256)
 
 
@@ -337,8 +353,8 @@ def put_in_place(path: Path, new: Path, known: Mapping[str, dict[str, Any]] | No
     """Give a folder that is complete its manifest, flush it to the disk and rename it to `path`."""
     write_manifest(new, known)
     for entry in new.rglob("*"):
-        _sync(entry)
-    _sync(new)
+        sync(entry)
+    sync(new)
     _replace_folder(path, new)
 
 
@@ -353,7 +369,7 @@ def _replace_folder(path: Path, new: Path) -> None:
     except BaseException:
         _restore(path)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
@@ -367,7 +383,8 @@ def _retired(path: Path) -> Path:
     return path.with_name(f"{RETIRED}{path.name}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

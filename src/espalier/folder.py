@@ -46,7 +46,7 @@ class ModelFolder:
                 str(path),
                 found=damage,
                 expected="files as they were written",
-                mend="Restore the folder from its source.",
+                mend=f"Restore the folder from its source; without {files.MANIFEST} it is taken as it is.",
             )
         folder._require_own_tokenizer()
         return folder

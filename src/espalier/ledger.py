@@ -1,20 +1,17 @@
 """Ledger: what a run has cost so far, line by line, and how much of its cap is left.
 
-One JSON line per entry, appended and never rewritten. Work that a crash made in vain stays in: it was paid for.
+One sealed JSON line per entry, appended and never rewritten. Work that a crash made in vain stays in: it was paid for.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from espalier import files
-from espalier.errors import RunError
+from espalier import files, records
 
 RESOURCES = ("tokens", "flops", "seconds", "usd", "kwh", "kgco2e")
 
@@ -97,15 +94,14 @@ class Entry:
     measured: tuple[str, ...] = ("seconds",)
     time: float = field(default_factory=time.time)
 
-    def to_json(self) -> str:
+    def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        return json.dumps({**values.pop("cost"), **values}, allow_nan=False)
+        return {**values.pop("cost"), **values}
 
     @classmethod
-    def from_json(cls, line: str) -> Entry:
-        values: dict[str, Any] = json.loads(line)
-        cost = Cost(**{name: values.pop(name) for name in RESOURCES})
-        values["measured"] = tuple(values["measured"])
+    def from_json(cls, values: dict[str, Any]) -> Entry:
+        cost = Cost(**{name: values[name] for name in RESOURCES})
+        values = {**values, "measured": tuple(values["measured"])}
         return cls(cost=cost, **{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
@@ -118,13 +114,14 @@ class Ledger:
         self.total = sum((entry.cost for entry in self.entries), Cost())
 
     def add(self, entry: Entry) -> None:
-        """Append an entry; it is on the disk when this returns. A last line that was cut short is removed first."""
-        line = (entry.to_json() + "\n").encode()
-        with self.path.open("a+b") as file:
-            files.cut_torn_line(file)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        """Append an entry; it is on the disk when this returns. ValueError for an amount that is no number."""
+        if not all(map(math.isfinite, vars(entry.cost).values())):
+            raise ValueError(f"{entry.cost} isn't finite")
+        begun = not self.path.exists()
+        records.append(self.path, entry.to_json())
+        files.sync(self.path)
+        if begun:
+            files.sync(self.path.parent)
         self.entries.append(entry)
         self.total = self.total + entry.cost
 
@@ -140,22 +137,7 @@ class Ledger:
 
 def read(path: Path) -> list[Entry]:
     """The entries of a ledger file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    whole = path.read_bytes().split(b"\n")[:-1]  # a finished line ends with a newline
-    return [_entry(path, number, line) for number, line in enumerate(whole, start=1)]
-
-
-def _entry(path: Path, number: int, line: bytes) -> Entry:
-    try:
-        return Entry.from_json(line.decode())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RunError(
-            f"{path}:{number}",
-            found="a line that isn't an entry",
-            expected="a ledger that only Espalier writes",
-            mend="Restore the file, or delete the line and with it what it says was spent.",
-        ) from None
+    return [Entry.from_json(line) for line in records.read_lines(path)]
 
 
 def _share(amount: float, cap: float) -> float:

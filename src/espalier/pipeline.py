@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import psutil
 from pydantic import Field, model_validator
 
-from espalier import errors, files, planner, recipe, watch
+from espalier import errors, files, planner, recipe, records, watch
 from espalier.budget import flops, memory
 from espalier.budget.plan import Plan
 from espalier.data import origin
@@ -26,7 +26,7 @@ from espalier.folder import ModelFolder
 from espalier.grow.progressive import grow_run
 from espalier.planner import Machine, PlannedRecipe, Settled
 from espalier.report import Report
-from espalier.run import FINAL, RESULTS, Run, read_json
+from espalier.run import FINAL, RESULTS, Run
 from espalier.world import World
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def _export(
             seed=resolved.seed,
             hardware=settled.machine.hardware.name,
             measured=list(run.ledger.entries[-1].measured),
-            data=read_json(run.folder / origin.RECORD, None),
+            data=records.read(run.folder / origin.RECORD, None),
             tokenizer=ModelFolder(folder).tokenizer_fingerprint(),
             stages=[stage.spec.model_dump() for stage in settled.plan.stages],
         )

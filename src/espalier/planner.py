@@ -10,21 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
-from espalier import files, units
+from espalier import files, records, units
 from espalier.budget import flops, hardware, memory, price
 from espalier.budget.hardware import Hardware
 from espalier.budget.parallel import Layout, Update, rank_memory
 from espalier.budget.plan import Basis, BudgetRecipe, Plan, plan
 from espalier.data.prepare import DataRecipe
-from espalier.errors import BudgetError, ResourceError
+from espalier.errors import BudgetError, ResourceError, RunError
 from espalier.grow.progressive import GrowthRecipe
 from espalier.ledger import Cap, Cost, Rates
 from espalier.recipe import ByField
-from espalier.run import PLAN, Run, read_json
+from espalier.run import PLAN, Run
 from espalier.spec import ModelSpec
 from espalier.world import SINGLE, World
 
@@ -107,7 +107,7 @@ class Settled:
             "hardware": asdict(self.machine.hardware),
             "rates": asdict(self.machine.rates),
         }
-        files.write_json(run.folder / PLAN, values)
+        records.write(run.folder / PLAN, values)
 
 
 def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
@@ -144,7 +144,7 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run, parallel: Parallel | 
     """
     from espalier.train.device import Device
 
-    kept = run.world.told(read_json(run.folder / PLAN, None) if run.world.leads else None)
+    kept = run.world.told(run.world.led(lambda: _kept(run.folder)))
     if kept:
         made_for = Cap(**kept["cap"]), Rates(**{**kept["rates"], "measured": tuple(kept["rates"]["measured"])})
         return Settled(
@@ -169,6 +169,19 @@ def settle(recipe: PlannedRecipe, here: Machine, run: Run, parallel: Parallel | 
             device, speeds = compiled, faster
             made = _plan(recipe, here.rates, _per_token(recipe, speeds), "measured", spent)
     return Settled(made, device, here, made)
+
+
+def _kept(folder: Path) -> Any:
+    """What plan.json holds, None before there is one; a run that has trained without it is refused."""
+    kept = records.read(folder / PLAN, None)
+    if kept is None and any(folder.glob("checkpoint-*")):
+        raise RunError(
+            str(folder / PLAN),
+            found="no such file",
+            expected="the plan that the run's checkpoints were trained by",
+            mend="Restore the file, or choose another name=... and run the recipe again.",
+        )
+    return kept
 
 
 def speeds(recipe: PlannedRecipe, here: Machine, specs: Sequence[ModelSpec], seconds: float) -> list[Speed]:

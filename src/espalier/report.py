@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from espalier import files
+from espalier import records
 from espalier.errors import RunError
 
 
@@ -68,13 +67,13 @@ class Report:
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        files.write_json(path, asdict(self))
+        records.write(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Report:
         """`RunError` for a file that holds something else."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = records.parse(path.read_text(encoding="utf-8"), path.name)
             return cls(values["subject"], [Row(**row) for row in values["rows"]], values["context"])
         except (ValueError, KeyError, TypeError):
             raise RunError(

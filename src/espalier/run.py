@@ -1,6 +1,7 @@
 """Run: the folder in which a verb works.
 
     runs/NAME/recipe.yaml     the resolved recipe
+              state.json      whether it runs or how it ended, and the seals of the other records then
               plan.json       what was planned before anything was spent
               changes.jsonl   what its recipe was changed to on the way, key by key
               ledger.jsonl    what it cost, entry by entry
@@ -19,19 +20,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from espalier import changes, files, recipe, watch
+from espalier import changes, files, recipe, records, watch
 from espalier.errors import RunError, UserError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
@@ -117,7 +117,7 @@ class Run:
         `accept` names the changed keys of the recipe by which an unfinished run may be computed otherwise from here on.
         """
         with files.disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder)
         # A process that was killed before it wrote the recipe may have left its lock.
         there = [path for path in folder.glob("*") if not path.name.startswith((LOCK, files.PARTIAL))]
         if there and not (folder / RECIPE).exists():
@@ -131,11 +131,13 @@ class Run:
         run._hold()
         try:
             if (folder / RECIPE).exists():
+                require_whole(folder)
+                run._begin()
                 run._same_recipe(accept)
             for name in files.remove_partials(folder):
                 tell(f"Removed {name}: it was never finished.")
             if not (folder / RECIPE).exists():
-                files.write_text(folder / RECIPE, recipe.dump(resolved))
+                run._keep_recipe()
         except BaseException:
             run.close()
             raise
@@ -149,29 +151,39 @@ class Run:
     @property
     def state(self) -> dict[str, Any]:
         """status ('running', 'finished', 'stopped', 'failed') and why."""
-        return read_json(self.folder / STATE, {"status": "running"})
+        return records.read(self.folder / STATE, {"status": "running"})
 
     def finish(self, status: str, reason: str = "") -> None:
-        """Record how the run ended."""
-        files.write_json(self.folder / STATE, {"status": status, "reason": reason, "time": time.time()})
+        """Record how the run ended, and that of its records nothing is missing then."""
+        self.flush()
+        files_there = sorted(path for path in self.folder.glob("[!.]*") if path.is_file() and path.name != STATE)
+        seals = {path.name: seal for path in files_there if (seal := records.last_seal(path))}
+        self._write_state(status, reason=reason, seals=seals)
 
     def log_metrics(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        with files.disk_errors(self.folder), (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append one line to metrics.jsonl; it is safe from a power loss after `flush`."""
+        with files.disk_errors(self.folder):
+            records.append(self.folder / METRICS, values)
+
+    def flush(self) -> None:
+        """Have all that was logged on the disk."""
+        if (self.folder / METRICS).exists():
+            with files.disk_errors(self.folder):
+                files.sync(self.folder / METRICS)
+                files.sync(self.folder)
 
     def rewind_metrics(self, step: int, *, stage: int) -> None:
         """Drop logged lines beyond `step` or of stages after `stage`: that work is about to be done again."""
         path = self.folder / METRICS
-        lines = read_lines(path)
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step and line["stage"] <= stage]
         if path.exists():
-            files.write_text(path, "".join(kept))
+            kept = [line for line in records.read_lines(path) if line["step"] <= step and line["stage"] <= stage]
+            records.replace_lines(path, kept)
 
     def went_on(self, step: int) -> None:
         """Note that what was changed holds from `step` on, or from an earlier one that was gone back to."""
-        if lines := list(read_lines(self.folder / CHANGES)):
-            self._write_changes({**line, "step": min(step, line.get("step", step))} for line in lines)
+        path = self.folder / CHANGES
+        if lines := list(records.read_lines(path)):
+            records.replace_lines(path, [{**line, "step": min(step, line.get("step", step))} for line in lines])
 
     @property
     def uncharged_seconds(self) -> float:
@@ -234,7 +246,7 @@ class Run:
             "seed": seed,
             "parents": [{"name": p.path.name, "fingerprint": p.fingerprint(), "made": p.made} for p in parents],
             "versions": {name: _version(name) for name in VERSIONED},
-            "changes": list(read_lines(self.folder / CHANGES)),
+            "changes": list(records.read_lines(self.folder / CHANGES)),
             "cost": vars(self.ledger.total),
             **more,
         }
@@ -254,7 +266,10 @@ class Run:
             with contextlib.suppress(OSError, UserError):  # the first error matters more than a full disk
                 log.error("%s", error, exc_info=error)
                 self.finish("failed", str(error))
-        self.close()
+        try:
+            self.flush()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -283,7 +298,7 @@ class Run:
 
     def _same_recipe(self, accept: Collection[str]) -> None:
         """Refuse another recipe; take over, and record, what an unfinished run may be told anew."""
-        saved = recipe.stored(self.folder / RECIPE)
+        saved = stored_recipe(self.folder)
         differing = changes.between(saved, self.recipe)
         finished = self.state["status"] == "finished"
         changes.require_allowed(differing, accept, where=str(self.folder), finished=finished)
@@ -291,17 +306,25 @@ class Run:
             self.recipe = recipe.load(type(self.recipe), self.folder / RECIPE)
             self.tell(f"Not taken over, since the run is finished:\n{changes.table(differing)}")
             return
-        recorded = list(read_lines(self.folder / CHANGES))
+        recorded = list(records.read_lines(self.folder / CHANGES))
         lines = changes.carried_out(recorded, saved)
         lines += [{**vars(change), "time": time.time()} for change in differing]
         if lines != recorded:
-            self._write_changes(lines)
+            records.replace_lines(self.folder / CHANGES, lines)
         if differing:
-            files.write_text(self.folder / RECIPE, recipe.dump(self.recipe))
+            self._keep_recipe()
             self.tell(f"Changed since it was begun:\n{changes.table(differing)}")
 
-    def _write_changes(self, lines: Iterable[dict[str, Any]]) -> None:
-        files.write_text(self.folder / CHANGES, "".join(json.dumps(line) + "\n" for line in lines))
+    def _keep_recipe(self) -> None:
+        records.write_signed(self.folder / RECIPE, recipe.dump(self.recipe))
+
+    def _begin(self) -> None:
+        """Record that a process is at work on what isn't finished."""
+        if self.state["status"] != "finished":
+            self._write_state("running")
+
+    def _write_state(self, status: str, **more: Any) -> None:
+        records.write(self.folder / STATE, {"status": status, "time": time.time(), **more})
 
     def _log_to_file(self) -> None:
         self._handler = logging.FileHandler(self.folder / LOG, encoding="utf-8", delay=True)
@@ -323,6 +346,9 @@ class Follower(Run):
     def log_metrics(self, **values: Any) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def rewind_metrics(self, step: int, *, stage: int) -> None:
         pass
 
@@ -338,28 +364,42 @@ def _unheard(text: str) -> None:
     pass
 
 
-def read_json(path: Path, default: Any) -> Any:
-    """The value of a run's JSON file, or `default` when there is no such file; `RunError` when it can't be read."""
-    return _parsed(path.read_bytes(), str(path)) if path.exists() else default
+def stored_recipe(folder: Path) -> dict[str, Any]:
+    """The keys and values of a run's recipe, unchecked; `RunError` when the file isn't as the run wrote it."""
+    records.read_signed(folder / RECIPE)
+    return recipe.stored(folder / RECIPE)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a run's JSONL file; a last one that a crash cut short is left out."""
-    if path.exists():
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            yield _parsed(line, f"{path}:{number}")
+def status(folder: Path) -> str:
+    """'running', 'finished', 'stopped', 'failed', or 'unfinished' if its process ended without a word."""
+    said = str(records.read(folder / STATE, {"status": "running"})["status"])
+    return "unfinished" if said == "running" and not _is_held(folder) else said
 
 
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RunError(
-            where,
-            found=f"what can't be read ({error})",
-            expected="JSON as it was written",
-            mend="Restore the file, or choose another name=... and run the recipe again.",
-        ) from None
+def require_whole(folder: Path) -> None:
+    """Refuse a run whose records aren't those that it ended with; one that didn't come to an end has said nothing."""
+    for name, seal in records.read(folder / STATE, {}).get("seals", {}).items():
+        path = folder / name
+        found = records.last_seal(path) if path.exists() else None
+        if found != seal:
+            raise RunError(
+                str(path),
+                found="no such file" if found is None else f"another end than it had ({found or 'no seal'})",
+                expected=f"all that the run wrote, to its seal {seal}",
+                mend="Restore the file, or choose another name=... and run the recipe again.",
+            )
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process is at work in a run folder."""
+    if not (folder / LOCK).exists():
+        return False
+    with (folder / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _version(package: str) -> str:

@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from espalier import page, units
+from espalier import page, records, units
 from espalier.budget.plan import Plan, StagePlan
 from espalier.errors import RunError
 from espalier.folder import ModelFolder
 from espalier.ledger import Cap, Cost, Ledger
-from espalier.recipe import stored
 from espalier.report import Report
-from espalier.run import CHANGES, FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, read_json, read_lines
+from espalier.run import CHANGES, FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, require_whole, stored_recipe
 from espalier.spec import ModelSpec
 
 NAMES = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time", "usd": "Money", "kwh": "Energy"}
@@ -29,7 +28,8 @@ class Story:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        planned = read_json(folder / PLAN, None)
+        require_whole(folder)
+        planned = records.read(folder / PLAN, None)
         if planned is None:
             raise RunError(
                 str(folder),
@@ -38,11 +38,11 @@ class Story:
                 mend="Run its recipe again.",
             )
         self.plan, self.first = Plan.from_json(planned["plan"]), Plan.from_json(planned["first"])
-        self.expected = stored(folder / RECIPE).get("expected")
+        self.expected = stored_recipe(folder).get("expected")
         self.device, self.hardware = planned["device"], planned["hardware"]
         self.ledger = Ledger(folder / LEDGER)
-        self.metrics = list(read_lines(folder / METRICS))
-        self.changes = list(read_lines(folder / CHANGES))
+        self.metrics = list(records.read_lines(folder / METRICS))
+        self.changes = list(records.read_lines(folder / CHANGES))
         self.results = Report.load(folder / RESULTS) if (folder / RESULTS).exists() else None
         final = folder / FINAL
         self.made = ModelFolder(final).made if final.exists() else None
@@ -167,7 +167,7 @@ class Story:
             samples=[page.Sample(prompt, completion) for prompt, completion in seen],
             lineage=self.lineage(),
             results=self.results.rows if self.results else [],
-            recipe=(self.folder / RECIPE).read_text(encoding="utf-8"),
+            recipe=records.read_signed(self.folder / RECIPE),
             machine={
                 "device": row["name"],
                 "threads": str(device["threads"]),

@@ -20,7 +20,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Literal
 
-from espalier import errors, files, units
+from espalier import errors, files, records, units
 from espalier.budget.plan import Duration
 from espalier.errors import NumericsError, RecipeError
 from espalier.grow.progressive import StageRecipe
@@ -29,7 +29,7 @@ from espalier.page import Point
 from espalier.pipeline import PretrainRecipe, pretrain
 from espalier.planner import PlannedRecipe
 from espalier.report import Report
-from espalier.run import LEDGER, METRICS, RESULTS, Run, read_lines
+from espalier.run import LEDGER, METRICS, RESULTS, Run
 
 # What counts as a trial's time: its updates, and its growths.
 TIMED = ("train", "grow")
@@ -97,7 +97,7 @@ class Figures:
         """Of a finished run's folder."""
         results = Report.load(folder / RESULTS)
         times = list(_times(Ledger(folder / LEDGER)))
-        lines = list(read_lines(folder / METRICS))
+        lines = list(records.read_lines(folder / METRICS))
         # A run that was taken up again at a growth has evaluated there twice.
         evaluated = {(line["step"], line["stage"]): line for line in lines if "eval_loss" in line}
         points = [

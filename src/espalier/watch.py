@@ -213,7 +213,7 @@ class _Line:
             self.connection.shutdown(socket.SHUT_WR)
 
     def hear_out(self, seconds: float) -> None:
-        """Read until the other end says no more either: closed with something unread, an end takes back its last words."""
+        """Read until the other end says no more either: what closes with something unread takes its last words back."""
         end = time.monotonic() + seconds
         with contextlib.suppress(OSError):
             while (left := end - time.monotonic()) > 0:

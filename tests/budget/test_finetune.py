@@ -23,11 +23,12 @@ from espalier.model.build import build
 from espalier.model.mup import Parametrization
 from espalier.recipe import parse
 from espalier.report import Report
-from espalier.run import RESULTS, read_json
+from espalier.run import RESULTS
 from espalier.spec import DENSE, MIXTURES, ModelSpec
 from espalier.train.device import Device
 from espalier.train.loop import backward
 from espalier.train.objectives import CHUNK, NextToken
+from espalier.untrusted import read_json
 
 ROOM = 2**50
 BIG = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -269,7 +270,7 @@ def test_the_verb_writes_what_it_tells(make_run, tmp_path):
 def test_a_family_that_no_spec_states_is_refused_by_name(make_run, tmp_path):
     folder = tmp_path / "model"
     build(small(), Parametrization(kind="standard"), seed=0).save_pretrained(folder)
-    config = read_json(folder / "config.json", None) | {"model_type": "gpt2"}
+    config = read_json(folder / "config.json") | {"model_type": "gpt2"}
     files.write_json(folder / "config.json", config)
     with pytest.raises(ModelError, match="'gpt2'"):
         module.finetune(recipe_of(model=folder), make_run())

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from espalier import records
 from espalier.budget.observations import Observation, read_runs, read_table
 from espalier.errors import DataError, RunError
 from espalier.report import Report
@@ -73,7 +74,7 @@ def test_a_run_is_its_last_size_all_its_tokens_and_its_held_out_loss(runs):
 def test_runs_on_other_data_are_refused(runs):
     values = yaml.safe_load((runs / "b" / RECIPE).read_text())
     values["data"]["sequence_length"] = 32
-    (runs / "b" / RECIPE).write_text(yaml.safe_dump(values))
+    records.write_signed(runs / "b" / RECIPE, yaml.safe_dump(values))
     with pytest.raises(RunError, match="another data than a has"):
         read_runs(runs)
 

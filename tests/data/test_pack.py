@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier import files
+from espalier import files, records
 from espalier.data import pack as module
 from espalier.data.pack import Tokens, tokenize
 from espalier.data.prepare import DataRecipe, prepare
@@ -159,8 +159,8 @@ def test_an_unreadable_list_of_shards_starts_the_job_again(make, whole, told, ca
 
 def test_unfinished_tokens_are_not_opened(make):
     tokens = make()
-    card = json.loads((tokens.path / module.CARD).read_text())
-    files.write_json(tokens.path / module.CARD, card | {"complete": False})
+    card = records.read(tokens.path / module.CARD, None)
+    records.write(tokens.path / module.CARD, card | {"complete": False})
     with pytest.raises(DataError, match="never finished"):
         Tokens.open(tokens.path)
 

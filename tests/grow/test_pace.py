@@ -6,11 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from espalier import records
 from espalier.budget.plan import Duration, Plan, plan
 from espalier.grow.pace import DRIFT, FEWEST, STRETCH, Pace
 from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
 from espalier.recipe import Recipe
-from espalier.run import METRICS, Run, read_lines
+from espalier.run import METRICS, Run
 from espalier.spec import ModelSpec
 from espalier.train.checkpoint import Progress
 
@@ -70,7 +71,7 @@ def test_the_change_is_told_and_logged(make_run, told):
     case = Case(make_run(seconds=1000.0), "30%", "70%", step=500, seconds=2.0)
     adapted = case.adapted()
     assert "Planned anew at step 500" in told[-1] and str(adapted.steps) in told[-1]
-    (line,) = read_lines(case.run.folder / METRICS)
+    (line,) = records.read_lines(case.run.folder / METRICS)
     assert (line["step"], line["pace"], line["planned_steps"]) == (500, 2.0, adapted.steps)
     assert line["planned_anew"] < 1
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from espalier import files
+from espalier import files, records
 from espalier import run as run_module
 from espalier.budget import flops
 from espalier.budget.plan import Plan, plan
@@ -20,7 +20,7 @@ from espalier.grow import apply
 from espalier.grow.progressive import GrowthRecipe, Outcome, Setting, grow_run
 from espalier.ledger import Cap, Cost, Rates
 from espalier.model import build
-from espalier.run import METRICS, STAGE, Run, read_lines
+from espalier.run import METRICS, STAGE, Run
 from espalier.train import checkpoint, loop
 from espalier.train.device import Device
 from espalier.train.objectives import NextToken
@@ -110,7 +110,7 @@ def test_an_exact_growth_keeps_the_held_out_loss(carry_out, make_run, family, af
     kind = "mup" if family == "granite" else "standard"
     recipe = recipe_of(SMALL, after, family=family, parametrization={"kind": kind})
     outcome = carry_out(recipe, run)
-    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    (growth,) = (line for line in records.read_lines(run.folder / METRICS) if "growth" in line)
     assert growth["loss_after"] == pytest.approx(growth["loss_before"], abs=1e-3)
     assert growth["relative_difference"] < 1e-4
     assert (growth["step"], growth["stage"]) == (6, 1)
@@ -123,7 +123,7 @@ def test_an_exact_growth_keeps_the_held_out_loss(carry_out, make_run, family, af
 def test_stacking_changes_the_depth_and_says_what_it_did_to_the_loss(carry_out, make_run):
     run = make_run()
     outcome = carry_out(recipe_of(SMALL, SMALL | {"num_hidden_layers": 3, "depth": "stack"}), run)
-    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    (growth,) = (line for line in records.read_lines(run.folder / METRICS) if "growth" in line)
     assert len(outcome.state.model.base_model.layers) == 3
     assert growth["growth"][0]["operator"] == "stack" and not growth["growth"][0]["exact"]
     assert growth["relative_difference"] > 1e-4
@@ -178,7 +178,7 @@ def test_whatever_the_pace_a_run_grows_and_ends_within_its_budget(make_run, sett
     assert run.ledger.total.seconds <= 120.0
     assert steps[0] <= outcome.state.progress.step <= steps[1]
     assert outcome.state.progress.step == kept[-1].steps != made.steps
-    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "learning_rate" in line]
+    rates = [line["learning_rate"] for line in records.read_lines(run.folder / METRICS) if "learning_rate" in line]
     assert rates[-1] < 0.1 * max(rates), "it has decayed to its end"
 
 
@@ -191,7 +191,7 @@ def test_masks_rise_to_the_weights_that_are_trained(carry_out, make_run, monkeyp
     assert levels[8:] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert outcome.state.optimizer.masks is None
     assert not any(UNMASKED in quantities for quantities in outcome.state.optimizer.state().values())
-    (growth,) = (line for line in read_lines(run.folder / METRICS) if "growth" in line)
+    (growth,) = (line for line in records.read_lines(run.folder / METRICS) if "growth" in line)
     assert [step["operator"] for step in growth["growth"]] == ["masked", "masked"]
     new_channels = outcome.state.model.get_input_embeddings().weight[:, 32:]
     assert new_channels.std().item() == pytest.approx(1.0, abs=0.1), (
@@ -224,7 +224,7 @@ def test_learned_maps_take_the_first_steps_of_their_stage(carry_out, make_run, s
     spent = run.ledger.spent(kind="train", stage=1)
     assert spent.tokens == 6 * TOKENS and spent.flops > plan_of(recipe).stages[1].cost.flops, "the maps cost as well"
     assert outcome.state.progress.flops == pytest.approx(run.ledger.spent(kind="train").flops)
-    lines = list(read_lines(run.folder / METRICS))
+    lines = list(records.read_lines(run.folder / METRICS))
     assert [line["step"] for line in lines if "growth" in line] == [9]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 10, 11, 12]
 
@@ -281,7 +281,7 @@ def test_each_stage_has_its_share_of_the_rate(carry_out, make_run):
     flat = {"warmup_ratio": 0.0, "decay_ratio": 0.0, "rewarm_ratio": 0.0}
     stages = (SMALL, SMALL | {"num_hidden_layers": 2, "rate": 0.5}, SMALL | {"num_hidden_layers": 2, "rate": 0.25})
     carry_out(recipe_of(*stages, steps=2, schedule=flat, optimizer={"learning_rate": 0.01}), run)
-    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "loss" in line]
+    rates = [line["learning_rate"] for line in records.read_lines(run.folder / METRICS) if "loss" in line]
     assert rates == pytest.approx([0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025])
 
 
@@ -316,7 +316,7 @@ def test_recomputation_changes_the_flops_and_not_the_model(carry_out, make_run):
         assert run.ledger.spent(kind="train", stage=number).flops == pytest.approx(stage.cost.flops)
         evaluated = run.ledger.spent(kind="evaluate", stage=number).flops / (1 if number == 0 else 2)
         assert evaluated == pytest.approx(128 * flops.forward_flops(stage.spec, 16)), "nothing is recomputed there"
-    logged = [line["total_flos"] for line in read_lines(run.folder / METRICS) if "loss" in line]
+    logged = [line["total_flos"] for line in records.read_lines(run.folder / METRICS) if "loss" in line]
     assert logged[-1] == pytest.approx(plan_of(recipe).total.flops)
 
 
@@ -390,7 +390,7 @@ def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bits(
     moments = whole.state.optimizer.state()
     for name, quantities in resumed.state.optimizer.state().items():
         assert all(torch.equal(value, moments[name][key]) for key, value in quantities.items())
-    lines = list(read_lines(again.folder / METRICS))
+    lines = list(records.read_lines(again.folder / METRICS))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert sum("growth" in line for line in lines) == 1
     assert len({(line["step"], line["stage"]) for line in lines if "eval_loss" in line}) == sum(
@@ -416,7 +416,7 @@ def test_a_run_that_crashed_does_its_work_again_and_tells_it_once(carry_out, mak
     resumed = carry_out(recipe, again)
     expected = whole.state.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state.model.state_dict().items())
-    lines = list(read_lines(again.folder / METRICS))
+    lines = list(records.read_lines(again.folder / METRICS))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["step"] for line in lines if "growth" in line] == [6]
 
@@ -512,7 +512,7 @@ def test_a_growth_that_breaks_its_promise_is_refused_and_the_model_before_it_kep
     path = checkpoint.newest(run.folder, print)
     _, moments, progress = checkpoint.load(path, Device())
     assert (progress.step, progress.stage) == (6, 0) and moments
-    assert not any("growth" in line for line in read_lines(run.folder / METRICS))
+    assert not any("growth" in line for line in records.read_lines(run.folder / METRICS))
 
 
 def test_a_growth_that_promises_nothing_may_change_the_function(carry_out, broken_growth):
@@ -598,7 +598,7 @@ def test_a_spike_leads_back_to_before_it_and_past_its_batches(spiked, make_run, 
     assert (outcome.ending, progress.step, progress.samples, progress.tokens) == ("done", 60, 4 * 75, 60 * TOKENS)
     assert (progress.guards.rewinds, progress.guards.skipped) == (1, ((4 * 41, 4 * 56),))
     assert run.ledger.spent(kind="train").tokens == (51 + 20) * TOKENS, "what was in vain was paid for"
-    lines = list(read_lines(run.folder / METRICS))
+    lines = list(records.read_lines(run.folder / METRICS))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
     assert [line["rewound_from"] for line in lines if "rewound_from" in line] == [51]
 
@@ -659,7 +659,7 @@ def test_a_spike_after_a_growth_may_lead_back_to_before_it(spiked, make_run, tol
     outcome = spiked(recipe_of(SMALL, LARGE | {"depth": "identity"}, steps=60), 100, run=run, save_steps=1000)
     assert any("at step 100: rewound to 60, skipping batches 91-105" in line for line in told)
     assert (outcome.state.progress.step, outcome.state.progress.stage) == (120, 1)
-    assert sum("growth" in line for line in read_lines(run.folder / METRICS)) == 1
+    assert sum("growth" in line for line in records.read_lines(run.folder / METRICS)) == 1
 
 
 def test_what_a_rewind_costs_is_missing_at_the_end_of_a_budget(spiked, make_run):
@@ -668,5 +668,5 @@ def test_what_a_rewind_costs_is_missing_at_the_end_of_a_budget(spiked, make_run)
     outcome = spiked(recipe, 51, run=run)
     assert outcome.ending == "done" and 50 <= outcome.state.progress.step <= 55
     assert run.ledger.total.tokens <= 66 * TOKENS
-    rates = [line["learning_rate"] for line in read_lines(run.folder / METRICS) if "learning_rate" in line]
+    rates = [line["learning_rate"] for line in records.read_lines(run.folder / METRICS) if "learning_rate" in line]
     assert rates[-1] < 0.1 * max(rates), "it has decayed to its end"

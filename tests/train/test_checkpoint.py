@@ -141,7 +141,7 @@ def test_a_manifest_that_lost_a_key_is_damage(two_checkpoints, tmp_path, told, k
     del entry[key]
     if value is not None:
         entry[key] = value
-    (newer / files.MANIFEST).write_text(json.dumps(manifest))
+    files.write_json(newer / files.MANIFEST, manifest)
     assert newest(tmp_path, told.append) == older
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tests.train.conftest import MUP
 
-from espalier import files
+from espalier import files, records
 from espalier.errors import NumericsError
 from espalier.ledger import Cost
 from espalier.model.build import build
 from espalier.recipe import Recipe
-from espalier.run import METRICS, Run, read_lines
+from espalier.run import METRICS, Run
 from espalier.train import guards
 from espalier.train.checkpoint import Progress, Saver, load, newest, pass_over
 from espalier.train.device import Device
@@ -80,7 +80,9 @@ def test_at_fifty_places_no_update_is_made_and_the_next_batch_is_taken(
         counts = {"step": progress.step + 1, "samples": progress.samples + 4, "tokens": progress.tokens + 64}
         assert state.progress.counts == progress.counts | counts | {"flops": progress.flops + 640}
         assert state.progress.guards == replace(progress.guards, broken=1)
-        assert [line["step"] for line in read_lines(run.folder / METRICS) if "nonfinite" in line] == [progress.step + 1]
+        assert [line["step"] for line in records.read_lines(run.folder / METRICS) if "nonfinite" in line] == [
+            progress.step + 1
+        ]
         train(state, stream, segment(progress.step + 2), objective, device, meter)
         assert not same(weights(state), before) and state.progress.guards.broken == 0
         assert all(value.isfinite().all() for value in weights(state).values())
@@ -111,7 +113,7 @@ def test_the_third_in_a_row_stops_the_run(begin, stream, segment, device, make_r
     else:
         assert train(state, stream, segment(6), objective, device, Meter(run, Cost()), [log]) == "done"
     assert run.ledger.total.tokens == state.progress.tokens
-    lines = list(read_lines(run.folder / METRICS))
+    lines = list(records.read_lines(run.folder / METRICS))
     assert [line["step"] - 1 for line in lines if "nonfinite" in line] == list(updates)
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
@@ -337,7 +339,7 @@ def test_what_one_rank_finds_no_rank_updates_by_and_it_is_named(ranks, spec, str
     culprits = [number for number, loss in enumerate(known["losses"]) if loss == "nan"]
     assert culprits == [size + 1], "dealt out in turn"
     rows = stream.order(0, 8)
-    (line,) = (line for line in read_lines(tmp_path / f"run{size}" / METRICS) if "nonfinite" in line)
+    (line,) = (line for line in records.read_lines(tmp_path / f"run{size}" / METRICS) if "nonfinite" in line)
     assert line["where"] == f"rank 1, row {rows[size + 1]} of the training split"
     new = build(spec, MUP, seed=0)
     assert answers[0][2] == [float(weight.detach().double().sum()) for weight in new.parameters()]

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from espalier import records
 from espalier.errors import NumericsError
 from espalier.ledger import Cost
-from espalier.run import METRICS, read_lines
+from espalier.run import METRICS
 from espalier.train.checkpoint import Progress
 from espalier.train.loop import Meter, State, Step
 from espalier.train.moments import Bar, Log, Save, Validate
@@ -25,7 +26,7 @@ def steps(count: int, stage: int = 0):
 
 @pytest.fixture
 def lines():
-    return lambda run: list(read_lines(run.folder / METRICS))
+    return lambda run: list(records.read_lines(run.folder / METRICS))
 
 
 @pytest.fixture

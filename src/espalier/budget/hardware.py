@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -22,7 +21,7 @@ from typing import Annotated, Any, Literal
 import psutil
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from espalier import files
+from espalier import files, records
 from espalier.errors import RecipeError
 from espalier.method import method
 from espalier.recipe import Recipe, load
@@ -162,8 +161,8 @@ def named(key: str, *, home: Path) -> Hardware:
 def remember(hardware: Hardware, home: Path) -> None:
     """Keep a benchmark of this machine for later calls of `here`."""
     with files.disk_errors(home):
-        home.mkdir(parents=True, exist_ok=True)
-    files.write_json(home / REMEMBERED, {"machine": _machine(), "hardware": asdict(hardware)})
+        files.make_folder(home)
+    records.write(home / REMEMBERED, {"machine": _machine(), "hardware": asdict(hardware)})
 
 
 def compute_dtype(hardware: Hardware) -> Literal["bfloat16", "float32"]:
@@ -358,7 +357,7 @@ def _stated(row: dict[str, Any], own: dict[str, Any], home: Path, place: str) ->
 def _remembered(home: Path, machine: dict[str, Any]) -> Hardware | None:
     """The last benchmark, if it was of this machine and can be read."""
     try:
-        kept = json.loads((home / REMEMBERED).read_text(encoding="utf-8"))
+        kept = records.parse((home / REMEMBERED).read_text(encoding="utf-8"), REMEMBERED)
         return TypeAdapter(Hardware).validate_python(kept["hardware"]) if kept["machine"] == machine else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

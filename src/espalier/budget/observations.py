@@ -14,12 +14,12 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from espalier import files, recipe
+from espalier import files, records
 from espalier.budget.plan import Plan
 from espalier.errors import DataError, RunError
 from espalier.recipe import Recipe
 from espalier.report import Report
-from espalier.run import FINAL, PLAN, RECIPE, RESULTS, read_json
+from espalier.run import FINAL, PLAN, RESULTS, stored_recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -116,7 +116,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _trained_on(run: Path) -> About:
-    data = recipe.stored(run / RECIPE)["data"]
+    data = stored_recipe(run)["data"]
     return About(data=text_digest(data), tokenizer=files.sha256(run / FINAL / "tokenizer.json")[:16])
 
 
@@ -132,7 +132,7 @@ def _require_same(first: Path, one: About, run: Path, other: About) -> None:
 
 
 def _observation(run: Path) -> Observation:
-    stages = Plan.from_json(read_json(run / PLAN, None)["plan"]).stages
+    stages = Plan.from_json(records.read(run / PLAN, None)["plan"]).stages
     results = Report.load(run / RESULTS)
     return Observation(
         parameters=stages[-1].parameters,

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from espalier import errors, units
+from espalier import errors, records, units
 from espalier.cli.methods import Runs
 from espalier.ledger import Ledger
 from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, STATE, read_json, read_lines
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, status
 
 Name = Annotated[str, typer.Argument(metavar="RUN", help="name or path of a run folder", show_default=False)]
 
@@ -36,7 +36,7 @@ def list_runs(runs: Runs = Path("runs")) -> None:
             spent = Ledger(folder / LEDGER).total
             table.add_row(
                 folder.name,
-                read_json(folder / STATE, {"status": "unfinished"})["status"],
+                status(folder),
                 str(_last(folder, "step", "")),
                 _number(_last(folder, "eval_loss", None)),
                 units.duration(spent.seconds),
@@ -53,7 +53,7 @@ def show(run: Name, runs: Runs = Path("runs")) -> None:
     from espalier import story
 
     folder = find(run, runs)
-    if (folder / PLAN).exists() or read_json(folder / STATE, {}).get("status") != "finished":
+    if (folder / PLAN).exists() or status(folder) != "finished":
         story.tell(folder)
     elif (folder / RESULTS).exists():
         typer.echo(Report.load(folder / RESULTS))
@@ -97,7 +97,7 @@ def find(run: str, runs: Path) -> Path:
 
 
 def _last(folder: Path, key: str, default: object) -> object:
-    return next((line[key] for line in reversed(list(read_lines(folder / METRICS))) if key in line), default)
+    return next((line[key] for line in reversed(list(records.read_lines(folder / METRICS))) if key in line), default)
 
 
 def _number(value: object) -> str:

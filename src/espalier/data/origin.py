@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from espalier import files
+from espalier import files, records
 from espalier.data import tokenizer as tokenizers
 from espalier.data.prepare import Corpus
 from espalier.errors import DataError, RunError
-from espalier.run import read_json
 
 RECORD = "data.json"
 SHOWN = 12  # digits of a hash that tell one from another
@@ -43,15 +42,15 @@ def require_same(folder: Path, corpus: Corpus, *, accept: str, tell: Callable[[s
 
     accept  the digest of the data with which the run may go on; it is recorded then
     """
-    now, kept = Origin.of(corpus), read_json(folder / RECORD, None)
+    now, kept = Origin.of(corpus), records.read(folder / RECORD, None)
     if kept is None and not any(folder.glob("checkpoint-*")):
-        files.write_json(folder / RECORD, asdict(now))
+        records.write(folder / RECORD, asdict(now))
         return
-    if not isinstance(kept, dict) or not {"tokenizer", "shards"} <= kept.keys():
+    if kept is None:
         raise RunError(
             str(folder / RECORD),
-            found="no record of the data that the run began with",
-            expected="the hashes that it wrote then",
+            found="no such file",
+            expected="the hashes of the data that the run began with",
             mend="Restore the file, or begin another run with another name=...",
         )
     before = Origin(kept["tokenizer"], kept["shards"])
@@ -61,7 +60,7 @@ def require_same(folder: Path, corpus: Corpus, *, accept: str, tell: Callable[[s
         raise _other_tokenizer(folder, corpus, before, now)
     if accept != now.digest:
         raise _other_text(folder, before, now)
-    files.write_json(folder / RECORD, {**asdict(now), "before": [*kept.get("before", []), before.digest]})
+    records.write(folder / RECORD, {**asdict(now), "before": [*kept.get("before", []), before.digest]})
     tell(f"Goes on with other data than it began with, as was asked: {now.digest}, before {before.digest}.")
 
 

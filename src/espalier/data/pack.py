@@ -7,7 +7,6 @@ lists the finished shards with their hashes and is written anew after each, so a
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from espalier import files
+from espalier import files, records
 from espalier.data import tokenizer as tokenizers
 from espalier.dataset import Dataset
 from espalier.errors import DataError
@@ -110,7 +109,7 @@ class Tokens:
             "complete": self.complete,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        files.write_json(self.path / CARD, card)
+        records.write(self.path / CARD, card)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -143,7 +142,7 @@ def tokenize(dataset: Dataset, split: str, tokenizer_path: Path, *, home: Path, 
     if tokens.complete:
         return tokens
     with files.disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
     tell(f"Tokenising {split}: {(dataset.bytes[split] - tokens.bytes) / 1e6:,.1f} MB of text.")
     texts = itertools.islice(dataset.texts(split), tokens.documents, None)
     for ids, documents, size in _encode(texts, tokenizer, eos_id, dtype):
@@ -175,7 +174,7 @@ def _kept(path: Path, tell: Callable[[str], None]) -> Tokens | None:
 
 def _read_card(path: Path) -> Tokens | None:
     try:
-        card = json.loads((path / CARD).read_text(encoding="utf-8"))
+        card = records.parse((path / CARD).read_text(encoding="utf-8"), CARD)
         shards = tuple(Shard(**shard) for shard in card["shards"])
         return Tokens(path, card["dtype"], card["eos_id"], shards, card["complete"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from espalier import files
+from espalier import records
 from espalier.errors import RunError
 from espalier.evaluate.intervals import Interval, binomial, stderr
 from espalier.evaluate.items import SAMPLES, Outcome, read_outcomes
@@ -54,7 +54,7 @@ class Evaluation:
             Report.load(folder / RESULTS),
             tuple(read_outcomes(samples)) if samples.exists() else (),
             Ledger(folder / LEDGER).total,
-            files.read_text(folder / RECIPE, expected="a run folder's recipe", mend="Name another folder."),
+            records.read_signed(folder / RECIPE),
         )
 
     @property

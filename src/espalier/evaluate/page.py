@@ -11,7 +11,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import files, page, units
+from espalier import files, page, records, units
 from espalier.evaluate.evaluation import LOWER_IS_BETTER, Evaluation
 from espalier.evaluate.intervals import Interval, binomial
 from espalier.evaluate.items import Outcome
@@ -107,7 +107,7 @@ def _view(folder: Path, evaluations: Mapping[str, Evaluation], title: str, notes
         headline=_headline(evaluations),
         notes=list(notes),
         machine=machine,
-        recipe=(folder / RECIPE).read_text(encoding="utf-8"),
+        recipe=records.read_signed(folder / RECIPE),
     )
 
 

@@ -127,6 +127,7 @@ class Save:
         self.meter.flush(state)
         need = self.need_bytes(state)
         watch.beside(state.progress.step, "saving", more=watch.moving(need))
+        self.run.flush()
         self.saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=need)
         self._saved = state.progress
         self.run.charge("checkpoint", stage=state.progress.stage, step=state.progress.step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -10,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from espalier import files
+from espalier import files, records
 from espalier.data.stream import Batch
 from espalier.model.mup import Parametrization
 from espalier.spec import ModelSpec
@@ -67,15 +67,23 @@ def probe(
         }
     )
     world, path = parallel.world, home / "speeds" / f"{key}.json"
-    if kept := world.told(json.loads(path.read_text()) if world.leads and path.exists() else None):
+    if kept := world.told(_kept(path) if world.leads else None):
         return Speed(**kept)
     speed = _measure(
         spec, parametrization, optimizer_recipe, objective, device, micro_rows, sequence_length, repeats, parallel
     )
     if world.leads:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, asdict(speed))
+        files.make_folder(path.parent)
+        records.write(path, asdict(speed))
     return Speed(**world.told(asdict(speed)))
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """A measured speed; None if there is none, or none that can be read."""
+    try:
+        return records.parse(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, ValueError):
+        return None
 
 
 def _measure(
