@@ -1,10 +1,12 @@
 """The watch: whichever rank dies, stops, hangs or fails, every rank ends in time and names it; healthy ones don't."""
 
 import os
+import re
 import signal
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets  # noqa: F401  imported once, here, for every fork
@@ -13,8 +15,9 @@ import torch
 from tests.ranks import Fate, fates
 from torch import distributed
 
-from espalier import errors, pipeline, watch
+from espalier import errors, pipeline, records, watch
 from espalier.errors import DataError, RankError
+from espalier.run import STATE, status, why
 from espalier.train import loop
 from espalier.world import World
 
@@ -370,22 +373,22 @@ def test_a_process_by_itself_is_watched_by_nobody():
 
 @pytest.fixture
 def run(recipe_file, shared_home, tmp_path, monkeypatch):
-    """How two ranks end that carry out the tiny recipe, of which rank 1 gets a signal at some step."""
+    """How two ranks end that carry out the tiny recipe, of which one gets a signal, or does something, at some step."""
     monkeypatch.setenv("ESPALIER_HOME", str(shared_home))
 
-    def run(number: int | None, *overrides: str) -> list[Fate]:
+    def run(fault, *overrides: str, culprit: int = 1, tell: Path = Path(os.devnull)) -> list[Fate]:
         def work(world: World) -> int:
             real = loop.update
 
             def update(state, *more):
-                if number and world.rank == 1 and state.progress.step == 20:
-                    os.kill(os.getpid(), number)
+                if fault and world.rank == culprit and state.progress.step == 20:
+                    fault() if callable(fault) else os.kill(os.getpid(), fault)
                 return real(state, *more)
 
             loop.update = update
-            return pipeline.main(
-                recipe_file, [*overrides], runs=tmp_path / "runs", dry_run=False, tell=lambda line: None
-            )
+            with tell.open("a") as file:
+                told = partial(print, file=file, flush=True) if world.leads else lambda line: None
+                return pipeline.main(recipe_file, [*overrides], runs=tmp_path / "runs", dry_run=False, tell=told)
 
         return fates(2, work, tmp_path, deadline=DEADLINE)
 
@@ -404,6 +407,50 @@ def test_a_run_goes_on_after_one_of_its_ranks_was_killed(run, tmp_path):
     killed = run(signal.SIGKILL)
     assert [fate.code for fate in killed] == [RankError.exit_code, -signal.SIGKILL]
     assert "ended without a word, missed at step 21 (forward and backward" in killed[0].said
-    assert "rank 1 (pid " in (tmp_path / "runs/tiny/log.txt").read_text()
+    folder = tmp_path / "runs/tiny"
+    assert "rank 1 (pid " in (folder / "log.txt").read_text()
+    assert why(folder).startswith("failed: rank 1 (pid ")
+    assert [fate.code for fate in run(None, tell=tmp_path / "told")] == [0, 0]
+    assert (folder / "final/config.json").exists()
+    assert (tmp_path / "told").read_text().startswith("The run before failed: rank 1 (pid ")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_leader_records_how_it_was_ended_while_its_work_was_stuck(run, tmp_path):
+    """Nothing but the watch's thread can say so."""
+
+    def hang() -> None:
+        watch._current._enter(21, "optimizer", DEADLINE)
+        time.sleep(60)
+
+    assert [fate.code for fate in run(hang, culprit=0)] == [RankError.exit_code] * 2
+    folder = tmp_path / "runs/tiny"
+    state = records.read(folder / STATE, {})
+    assert state["status"] == status(folder) == "failed"
+    assert state["error"]["kind"] == "RankError" and state["error"]["where"].startswith("rank 0 (pid ")
+    assert "no progress for 2 s" in why(folder)
+    log = (folder / "log.txt").read_text()
+    assert "The work of rank 0 was stuck at" in log and "in hang" in log
     assert [fate.code for fate in run(None)] == [0, 0]
-    assert (tmp_path / "runs/tiny/final/config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_leader_that_is_gone_is_missed_by_the_next_start(run, tmp_path):
+    ended = run(signal.SIGKILL, culprit=0)
+    assert [fate.code for fate in ended] == [-signal.SIGKILL, RankError.exit_code]
+    folder = tmp_path / "runs/tiny"
+    assert status(folder) == "unfinished" and " is gone" in why(folder)
+    assert [fate.code for fate in run(None, tell=tmp_path / "told")] == [0, 0]
+    first = (tmp_path / "told").read_text().splitlines()[0]
+    assert re.fullmatch(r"The run before ended without a word: process \d+ on \S+ is gone\.", first)
+    assert status(folder) == "finished" and why(folder) == ""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_traceback_of_any_rank_is_kept_in_the_log(run, tmp_path):
+    ended = run(divide_by_zero)
+    assert [fate.code for fate in ended] == [1, 1]
+    log = (tmp_path / "runs/tiny/log.txt").read_text()
+    own = log[log.index("ERROR rank 1: division by zero") :]
+    assert "in divide_by_zero" in own and log.count("in divide_by_zero") == 1
+    assert "RuntimeError: rank 1: ZeroDivisionError" in log
