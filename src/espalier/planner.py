@@ -211,16 +211,8 @@ def require_memory(recipe: PlannedRecipe, row: hardware.Hardware) -> None:
 
 def require_memory_of_ranks(recipe: PlannedRecipe, row: Hardware, parallel: Parallel) -> None:
     """Refuse a run of which a stage doesn't fit the memory that each rank has."""
-    layout = Layout(data=parallel.shard, tensor=parallel.tensor, sharding="full")
-    update = Update(
-        rows=recipe.rows // parallel.replicate,
-        micro_rows=parallel.micro_rows(recipe.rows, recipe.micro_rows),
-        sequence_length=recipe.data.sequence_length,
-        compute="bfloat16" if recipe.train.bf16 == "on" else "float32",
-        recompute=recipe.train.recompute,
-    )
     at_hand = memory.of_one_device(row) // (parallel.world.size if row.kind == "cpu" else 1)
-    needs = [memory.FRAMEWORK + rank_memory(spec, layout, update).total for spec in recipe.specs()]
+    needs = memory_of_ranks(recipe, parallel)
     if (need := max(needs)) > at_hand:
         raise BudgetError(
             f"stage {needs.index(need) + 1}: memory",
@@ -229,6 +221,20 @@ def require_memory_of_ranks(recipe: PlannedRecipe, row: Hardware, parallel: Para
             mend="Start more processes on more devices, or set train.recompute=layers or a smaller "
             "train.per_device_train_batch_size.",
         )
+
+
+def memory_of_ranks(recipe: PlannedRecipe, parallel: Parallel) -> list[int]:
+    """Bytes that a rank holds at its most at each stage: its part of a copy, and rows of its own."""
+    layout = Layout(data=parallel.shard, tensor=parallel.tensor, sharding="full")
+    update = Update(
+        rows=recipe.rows // parallel.replicate,
+        micro_rows=parallel.micro_rows(recipe.rows, recipe.micro_rows),
+        sequence_length=recipe.data.sequence_length,
+        compute="bfloat16" if recipe.train.bf16 == "on" else "float32",
+        recompute=recipe.train.recompute,
+        accumulate="pairs",
+    )
+    return [memory.FRAMEWORK + rank_memory(spec, layout, update).total for spec in recipe.specs()]
 
 
 def most_memory(recipe: PlannedRecipe) -> int:
