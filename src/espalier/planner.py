@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
-from espalier import files, records, units
+from espalier import files, records, units, watch
 from espalier.budget import flops, hardware, memory, price
 from espalier.budget.hardware import Hardware
 from espalier.budget.parallel import Layout, Update, rank_memory
@@ -118,10 +118,26 @@ def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
     if world.size > 1:
         row = row.part(world.size if row.kind == "cuda" else world.machines)
     here = at_prices(recipe, row)
-    if run and run.world.leads:
-        meter = price.best_meter(here.hardware)
-        run.price(here.rates, (lambda: recipe.budget.pue * meter.read_kwh()) if meter.measured else None)
+    if run:
+        _price(run, here, recipe.budget.pue)
     return here
+
+
+def _price(run: Run, here: Machine, pue: float) -> None:
+    """Charge a run at the machine's prices from now on; its energy is measured if that of every machine is.
+
+    The first rank of each reads its machine's counters, and the leader adds up what it is told of them.
+    """
+    world, row = run.world, here.hardware
+    if row.kind == "cuda" and world.size > 1:
+        row = row.part(world.local_size)
+    meter = price.best_meter(row) if world.local_rank == 0 else None
+    measured = all(world.gathered(meter is None or meter.measured))
+    if world.leads:
+        assert meter
+        run.price(here.rates, (lambda: pue * (meter.read_kwh() + watch.readings())) if measured else None)
+    elif meter and measured:
+        watch.metered(meter.read_kwh)
 
 
 def at_prices(recipe: PlannedRecipe, row: hardware.Hardware) -> Machine:
