@@ -22,6 +22,7 @@ from espalier.train import loop
 from espalier.world import World
 
 DEADLINE = 2.0
+OF_A_RUN = 6.0  # a busy machine may keep a process waiting for some seconds while it imports
 LATEST = DEADLINE + 2.0
 LAST = 6
 
@@ -359,7 +360,7 @@ def test_every_phase_of_a_run_has_a_deadline(run, tmp_path, monkeypatch):
         limits.setdefault(phase, set()).add(float(limit))
     patient = {phase for phase, of_phase in limits.items() if max(of_phase) > 2 * watch.FIRST}
     assert patient == {"preparing data"}
-    assert min(limits["reading data"]) == watch.DISK and min(limits["forward and backward"]) == DEADLINE
+    assert min(limits["reading data"]) == watch.DISK and min(limits["forward and backward"]) == OF_A_RUN
     assert set(limits) > {"planning", "taking up the run", "growing", "saving", "writing samples", "exporting"}
 
 
@@ -390,7 +391,7 @@ def run(recipe_file, shared_home, tmp_path, monkeypatch):
                 told = partial(print, file=file, flush=True) if world.leads else lambda line: None
                 return pipeline.main(recipe_file, [*overrides], runs=tmp_path / "runs", dry_run=False, tell=told)
 
-        return fates(2, work, tmp_path, deadline=DEADLINE)
+        return fates(2, work, tmp_path, deadline=OF_A_RUN)
 
     return run
 
