@@ -17,7 +17,6 @@ import gc
 import json
 import os
 import platform
-import select
 import signal
 import struct
 import time
@@ -68,6 +67,7 @@ BY_DESCRIPTOR = {
     FCHMOD: "chmod",
     FALLOCATE: "truncate",
 }
+LARGE, COLLAPSE = 2**21, 25  # a large page, and the advice to make one of small ones
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 AT_REMOVEDIR = 0x200
 AT_FDCWD = -100
@@ -115,13 +115,11 @@ def available() -> bool:
         return False
 
 
-def forked(work: Work, *, kill_after: float | None = None) -> End:
-    """Do the work in a child that nobody watches; it's killed if it takes longer than so many seconds."""
+def forked(work: Work) -> End:
+    """Do the work in a child that nobody watches."""
     began = time.monotonic()
     reading, child = _start(work, traced=False)
     with os.fdopen(reading, "rb") as pipe:
-        if not select.select([pipe], [], [], kill_after)[0]:
-            os.kill(child, signal.SIGKILL)
         said = pipe.read()
     _, status = os.waitpid(child, 0)
     return _ended(said, status, time.monotonic() - began, [])
@@ -141,6 +139,21 @@ def watch(work: Work, below: Path, *, at: int = 0, fault: Fault = "kill") -> End
     with os.fdopen(reading, "rb") as pipe:
         said = pipe.read()
     return _ended(said, status, time.monotonic() - began, watched.calls)
+
+
+def share_memory() -> None:
+    """Make forks of this process cheap: their collectors don't look at what it holds, which lies in large pages.
+
+    A fork copies the table of all pages; with pages of 2 MB it takes a third of the time. An older kernel says no.
+    """
+    gc.collect()
+    gc.freeze()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, kind, _, _, file, *_ = line.split()
+        begin, end = (int(address, 16) for address in place.split("-"))
+        if kind == "rw-p" and file == "0":
+            for page in range(-(-begin // LARGE) * LARGE, end - LARGE + 1, LARGE):
+                _libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(LARGE), COLLAPSE)
 
 
 def end_with_parent() -> None:
@@ -164,14 +177,14 @@ def _start(work: Work, *, traced: bool) -> tuple[int, int]:
     try:
         if traced:
             _be_traced()
-        said: dict[str, Any] = {"result": work()}
+        said = json.dumps({"result": work()})
     except UserError as error:
-        said = {"error": {"kind": type(error).__name__, **dict(error.lines())}}
+        said = json.dumps({"error": {"kind": type(error).__name__, **dict(error.lines())}})
     except SystemExit as end:
-        said = {"result": end.code}
+        said = json.dumps({"result": end.code})
     except BaseException:
-        said = {"error": {"bug": traceback.format_exc()}}
-    os.write(writing, json.dumps(said).encode())
+        said = json.dumps({"error": {"bug": traceback.format_exc()}})
+    os.write(writing, said.encode())
     os._exit(0)
 
 

@@ -68,10 +68,11 @@ class Guard:
 def removed(setting: Setting) -> list[Row]:
     """What the latest removals of guards found, as far as those guards are still there."""
     outcomes: dict[str, str] = {}
-    untried, dates = [], set()
+    untried, dates, possible = [], set(), 0
     for file in GUARDED:
         record, there = _record(file), _guards_of(SOURCE / file)
         known = [guard.name for guard in there if guard.name in record["guards"]]
+        possible += len(there)
         outcomes |= {f"{file}: {name}": record["guards"][name] for name in known}
         if known:
             dates.add(record["date"])
@@ -92,6 +93,8 @@ def removed(setting: Setting) -> list[Row]:
             f">= {SHARE:.0%}",
             share >= SHARE and not untried,
             ". ".join(why),
+            trials=len(outcomes),
+            of=possible,
         )
     ]
 

@@ -31,6 +31,7 @@ from typing import Any
 SECONDS = 60
 CANARY = "canary"
 SECRET = "secret"
+SEEN = "seen"  # where the watch notes what an artefact does, in whichever process
 # What a payload would do, or open; an artefact never has a reason to.
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect")
 LOOKED_UP = ("socket.getaddrinfo", "socket.gethostbyname")
@@ -369,8 +370,10 @@ def stream_model(path: Path) -> Any:
 
 def chat(path: Path) -> Any:
     """As counting the rows of a conversation."""
+    from espalier import template
     from espalier.budget.rows import count
 
+    template.SECONDS = 2.0  # instead of 10: no clean one takes so long
     asked = path.parent / "chat.jsonl"
     asked.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
     return count(asked, path, 64)
@@ -447,6 +450,7 @@ def tried(artefact: Artefact) -> Told:
             said = pipe.read()
         _, status = os.waitpid(pid, 0)
         told = Told(**json.loads(said)) if said else Told(f"died of signal {os.waitstatus_to_exitcode(status)}")
+        told.seen += (folder.parent / SEEN).read_text().splitlines() if (folder.parent / SEEN).exists() else []
         if canary(folder).exists():
             told.seen.append("the canary was made")
         return told
@@ -462,7 +466,7 @@ def _child(artefact: Artefact, path: Path, folder: Path, writable: int) -> None:
         os.environ.update(ESPALIER_HOME=str(folder / ".home"), HF_HUB_OFFLINE="1")
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
-        _watch(folder, told.seen)
+        _watch(folder)
     before = _resident()
     try:
         with warnings.catch_warnings():
@@ -487,13 +491,20 @@ def _resident() -> int:
     return 0
 
 
-def _watch(folder: Path, seen: list[str]) -> None:
+def _watch(folder: Path) -> None:
     """Note what an artefact has no reason to do. An audit hook stays for good: only in a child of its own."""
-    outside, own = str(folder.parent), str(folder)
+    outside, own, notes = str(folder.parent), str(folder), str(folder.parent / SEEN)
+
+    def note(line: str) -> None:
+        file = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(file, line.replace("\n", " ").encode() + b"\n")
+        os.close(file)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
+        if args and args[0] == notes:
+            return
         if event in FORBIDDEN or event in LOOKED_UP:
-            seen.append(f"{event} {args!r:.120}")
+            note(f"{event} {args!r:.120}")
         elif event == "open" and isinstance(args[0], str | bytes):
             name = os.path.realpath(os.fsdecode(args[0]))
             writes = isinstance(args[1], str) and set(args[1]) & set("wax+")
@@ -503,9 +514,9 @@ def _watch(folder: Path, seen: list[str]) -> None:
                 and not name.endswith(".jsonl")
             )
             if (beside and ".home" not in name) or name in ("/etc/passwd", "/etc/shadow") or (writes and beside):
-                seen.append(f"open {name}")
+                note(f"open {name}")
         elif event == "exec" and getattr(args[0], "co_filename", "").startswith(own):
-            seen.append(f"ran {args[0].co_filename}")
+            note(f"ran {args[0].co_filename}")
 
     sys.addaudithook(hook)
 
@@ -553,6 +564,8 @@ def _many(pa: Any) -> Any:
     return pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), ["x" * 2**20])})
 
 
+LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd") + "x" + "{% endfor %}" * 4
+DOUBLED = "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}"
 ALIASES = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30))
 
 ARTEFACTS = (
@@ -814,6 +827,12 @@ ARTEFACTS = (
     ),
     Artefact("a template that includes a file", F21, _jinja("{% include '/etc/passwd' %}"), chat, "DataError"),
     Artefact("a template that imports", F21, _jinja("{% import 'os' as os %}{{ os.system('x') }}"), chat, "DataError"),
+    Artefact("a template of loops in loops", F21, _jinja(LOOPS), chat, "ModelError", "more than 2 s"),
+    Artefact("a template of a power of powers", F21, _jinja("{{ 10**(10**10) }}"), chat, "ModelError", "more than 2 s"),
+    Artefact("a template that doubles a text", F21, _jinja(DOUBLED), chat, "ModelError", "memory"),
+    Artefact(
+        "a template with a range of 10^12", F21, _jinja("{% for i in range(10**12) %}{% endfor %}"), chat, "DataError"
+    ),
     Artefact("a template that divides by zero", F21, _jinja("{{ 1 // 0 }}"), chat, "DataError"),
     Artefact(
         "a Hub card that names a local file",
@@ -1013,6 +1032,22 @@ ARTEFACTS = (
         "Parquet",
     ),
     Artefact(
+        "Parquet that breaks off",
+        F23,
+        lambda folder: _broken_off(folder),
+        prepare,
+        "DataError",
+        "200 rows could be read of 400; 200 are lost",
+    ),
+    Artefact(
+        "a line of 200 MB, counted for fine-tuning",
+        F23,
+        lambda folder: _long_line(folder),
+        count_rows,
+        "DataError",
+        "rows.jsonl:2",
+    ),
+    Artefact(
         "Parquet of one text of 100 MB",
         F23,
         parquet(lambda pa: pa.table({"text": ["x" * 100_000_000]})),
@@ -1071,6 +1106,11 @@ ARTEFACTS = (
     Artefact("a clean Arrow stream", CLEAN, arrow(), prepare, None),
     Artefact("a clean recipe with an alias", CLEAN, text("recipe.yaml", b"sources: &a [stdlib]\n"), read_recipe, None),
 )
+
+
+def named(name: str) -> Artefact:
+    """The artefact of the table with this name."""
+    return next(artefact for artefact in ARTEFACTS if artefact.name == name)
 
 
 def _resume(path: Path) -> Any:
@@ -1136,6 +1176,21 @@ def _stray_code(folder: Path) -> Path:
     for name in ("code.py", "modeling_granite.py", "custom_generate/generate.py", "__init__.py"):
         (folder / name).write_text(code(folder))
     return folder
+
+
+def _broken_off(folder: Path) -> Path:
+    """Parquet whose third group of rows is spoilt."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path, table = folder / "rows.parquet", pyarrow.table({"text": [f"row {number}" for number in range(400)]})
+    parquet.write_table(table, path, row_group_size=100, compression="zstd", use_dictionary=False)
+    with parquet.ParquetFile(path) as file:
+        column = file.metadata.row_group(2).column(0)
+    content, middle = bytearray(path.read_bytes()), column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 12] = b"\xff" * 12
+    path.write_bytes(content)
+    return path
 
 
 def _long_line(folder: Path) -> Path:

@@ -56,17 +56,19 @@ def mutations(setting: Setting) -> list[Row]:
         _row(
             "checkpoints, model folders and the data cache",
             [miss for kept, miss in said if kept.name != RUN],
+            tried / MUTATIONS,
             f"a model folder without its {files.MANIFEST} is anyone's, and taken as it is",
         ),
-        _row("a run folder's records", [miss for kept, miss in said if kept.name == RUN]),
+        _row("a run folder's records", [miss for kept, miss in said if kept.name == RUN], tried / MUTATIONS),
         _clean(setting, all_kept),
     ]
 
 
-def _row(what: str, said: list[str | None], why: str = "") -> Row:
-    missed = [miss for miss in said if miss]
+def _row(what: str, said: list[str | None], share: float, why: str = "") -> Row:
+    missed, of = [miss for miss in said if miss], round(len(said) / share)
     figure = f"{len(said) - len(missed)} of {len(said)} found before use"
-    return Row("G4", f"mutations of {what}: {len(said)}", figure, "all", not missed, "; ".join(missed[:3]) or why)
+    why = "; ".join(missed[:3]) or why
+    return Row("G4", f"mutations of {what}: {len(said)}", figure, "all", not missed, why, trials=len(said), of=of)
 
 
 def _copies(setting: Setting) -> list[Kept]:
@@ -148,7 +150,8 @@ def _clean(setting: Setting, all_kept: list[Kept]) -> Row:
     """Whole things with other times, and as copies under another name, must pass."""
     blamed = [f"{kept.name}: {said}" for kept in all_kept for said in _blamed(setting, kept)]
     tried = f"clean files: {len(all_kept)} kinds, touched and copied"
-    return Row("G4", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]))
+    of = len(all_kept)
+    return Row("G4", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]), trials=of, of=of)
 
 
 def _blamed(setting: Setting, kept: Kept) -> Iterator[str]:

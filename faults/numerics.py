@@ -64,6 +64,8 @@ def not_finite(setting: Setting) -> Row:
         f"{len(wrong)} updates made of them or others lost",
         "0 non-finite updates, 1 NaN = 1 skip",
         not wrong,
+        trials=len(places),
+        of=PLACES,
     )
 
 
@@ -83,6 +85,8 @@ def in_a_row(setting: Setting) -> Row:
         ", ".join(ends),
         "goes on, stops",
         ends == ["goes on", "stops"],
+        trials=len(ends),
+        of=len(ends),
     )
 
 
@@ -106,6 +110,8 @@ def planted(setting: Setting) -> Row:
         f"{PLANTED * SEEDS} / at most {SEEDS * STEPS // 10_000} / 0",
         found == PLANTED * SEEDS and false <= SEEDS * STEPS // 10_000 and not changed,
         "the losses are made up; those of real runs are in bench/2026-11-25-guards",
+        trials=PLANTED * SEEDS,
+        of=PLANTED * SEEDS,
     )
 
 

@@ -140,7 +140,7 @@ class Disk:
 
 def power_loss(setting: Setting) -> list[Row]:
     """Cut the power after every call of every writer; what is there then must be the old state or the new one."""
-    replays, early, wrong, unlike, unsafe = 0, [], [], [], []
+    replays, possible, early, wrong, unlike, unsafe = 0, 0, [], [], [], []
     kinds = writers(setting.small)
     for writer in kinds:
         prepared = setting.folder("prepared")
@@ -152,6 +152,7 @@ def power_loss(setting: Setting) -> list[Row]:
         fresh(prepared, setting.place / "start")
         disk = Disk(calm)
         disk.root = _read(setting.place / "start")
+        possible += len(whole.calls)
         dice, chosen = setting.dice(writer.name), set(setting.some(range(len(whole.calls))))
         for number, call in enumerate(whole.calls):
             disk.apply(call)
@@ -168,10 +169,35 @@ def power_loss(setting: Setting) -> list[Row]:
             unlike.append(writer.name)
     tried = f"power loss after file calls of {len(kinds)} writers: {replays} replays"
     return [
-        Row("F3", tried, f"{len(wrong)} bad replays", "0", not wrong, "; ".join(wrong[:3])),
-        Row("F3", "renames of what wasn't flushed", str(len(early)), "0", not early, "; ".join(sorted(set(early))[:3])),
         Row(
-            "F3", "writers whose work isn't safe when they return", str(len(unsafe)), "0", not unsafe, "; ".join(unsafe)
+            "F3",
+            tried,
+            f"{len(wrong)} bad replays",
+            "0",
+            not wrong,
+            "; ".join(wrong[:3]),
+            trials=replays,
+            of=(1 + REPLAYS) * possible,
+        ),
+        Row(
+            "F3",
+            "renames of what wasn't flushed",
+            str(len(early)),
+            "0",
+            not early,
+            "; ".join(sorted(set(early))[:3]),
+            trials=len(kinds),
+            of=len(kinds),
+        ),
+        Row(
+            "F3",
+            "writers whose work isn't safe when they return",
+            str(len(unsafe)),
+            "0",
+            not unsafe,
+            "; ".join(unsafe),
+            trials=len(kinds),
+            of=len(kinds),
         ),
         Row(
             "F3",
@@ -180,6 +206,8 @@ def power_loss(setting: Setting) -> list[Row]:
             "0",
             not unlike,
             ", ".join(unlike),
+            trials=len(kinds),
+            of=len(kinds),
         ),
     ]
 

@@ -31,17 +31,21 @@ def dead_or_hung(setting: Setting) -> list[Row]:
     trials = [(name, size, culprit) for name in FAULTS for size in (2, 3) for culprit in range(size)]
     rows = []
     for name in FAULTS:
-        some = setting.some([trial for trial in trials if trial[0] == name])
+        kind = [trial for trial in trials if trial[0] == name]
+        some = setting.some(kind)
         outcomes = [_outcome(*trial, setting.place) for trial in some]
         slowest, wrong = max(seconds for seconds, _ in outcomes), sum(not named for _, named in outcomes)
         rows.append(
             Row(
                 "F5",
                 f"one rank {name} in a step: {len(some)} worlds of 2 and 3 gloo ranks, deadline {DEADLINE:g} s",
-                f"all ended {slowest:.1f} s after it; {wrong} worlds in which a rank named another or none",
-                f"all within {LATEST:g} s; 0",
+                f"{wrong} worlds in which a rank named another or none",
+                f"0; all ended within {LATEST:g} s",
                 slowest <= LATEST and not wrong,
                 "processes of one machine; what a network that falls silent does is judged by the same rule",
+                trials=len(some),
+                of=len(kind),
+                took=f"all ended {slowest:.1f} s after it",
             )
         )
     return rows

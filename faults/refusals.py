@@ -28,14 +28,27 @@ def refusals(setting: Setting) -> list[Row]:
     seen = [json.loads(line) for path in setting.place.parent.glob("*/refusals.jsonl") for line in path.open()]
     empty = [error for error in seen if not all(error[key].strip() for key in ("where", *KEYS))]
     return [
-        Row("G10", f"refusals in the source: {made}", f"{made - len(wrong)} whole", "all", not wrong, "; ".join(wrong)),
+        Row(
+            "G10",
+            f"refusals in the source: {made}",
+            f"{made - len(wrong)} whole",
+            "all",
+            not wrong,
+            "; ".join(wrong),
+            trials=made,
+            of=made,
+        ),
         Row(
             "G10",
             f"refusals that the other parts met: {len(seen)}",
             f"{len(seen) - len(empty)} with four lines",
             "all",
             not empty,
-            "; ".join(sorted({str(error)[:200] for error in empty})[:3]),
+            "; ".join(sorted({str(error)[:200] for error in empty})[:3])
+            if seen
+            else "the other parts weren't carried out",
+            trials=len(seen),
+            of=len(seen),
         ),
     ]
 

@@ -44,7 +44,8 @@ def matrix(setting: Setting) -> list[Row]:
     of = f"{len(OPTIMIZERS)} optimizers x {len(INTO)} operators x {len(STOPS)} moments"
     what = f"resume matrix at one rank, {tried} cells: {of}"
     figure = f"{tried - len(wrong)} of {tried} cells bit-equal"
-    return [Row("G3", what, figure, "100% of the cells", not wrong, "; ".join(wrong[:3]))]
+    all_cells = len(OPTIMIZERS) * len(INTO) * len(STOPS)
+    return [Row("G3", what, figure, "100% of the cells", not wrong, "; ".join(wrong[:3]), trials=tried, of=all_cells)]
 
 
 def _in_place(seen: list[calls.Call], name: str) -> int:

@@ -45,6 +45,9 @@ class Count:
     def figure(self, what: str) -> str:
         return f"{len(self.wrong)} {what}"
 
+    def trials_of(self) -> dict[str, Any]:
+        return {"trials": self.trials, "of": self.possible}
+
     def why(self) -> str:
         return "; ".join(self.wrong[:SHOWN])
 
@@ -60,7 +63,7 @@ def kills(setting: Setting) -> list[Row]:
         f"{count.possible} places; {count.again} second kills in the recovery"
     )
     wanted = "0 losses of the last good state; done again, the same end"
-    return [Row("G1", tried, count.figure("losses"), wanted, not count.wrong, count.why())]
+    return [Row("G1", tried, count.figure("losses"), wanted, not count.wrong, count.why(), **count.trials_of())]
 
 
 def disk_errors(setting: Setting) -> list[Row]:
@@ -74,9 +77,12 @@ def disk_errors(setting: Setting) -> list[Row]:
             f"{fault} from file calls of {len(kinds)} writers: {count.trials} of {count.possible} places, "
             f"{count.refused} refused"
         )
-        figure = f"{count.figure('wrong')}; slowest {count.slowest:.1f} s"
         wanted = f"0 damaged older files, ResourceError, done again the same end; exit <= {MOST_SECONDS:g} s"
-        rows.append(Row("G1", tried, figure, wanted, not count.wrong and count.slowest <= MOST_SECONDS, count.why()))
+        reached = not count.wrong and count.slowest <= MOST_SECONDS
+        took = f"slowest {count.slowest:.1f} s"
+        rows.append(
+            Row("G1", tried, count.figure("wrong"), wanted, reached, count.why(), **count.trials_of(), took=took)
+        )
     return [*rows, *_limited(setting), *_estimate(setting)]
 
 
@@ -181,18 +187,21 @@ def _limited(setting: Setting) -> list[Row]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return _attempted(partial(attempt, place, 0), place)
 
-    shares = setting.some([0.01 * number for number in range(2, 100, 2)])
+    sizes = [0.01 * number for number in range(2, 100, 2)]
     largest = max(path.stat().st_size for path in (small.run / f"checkpoint-{newest}").rglob("*"))
-    limits = setting.some([largest * number // 25 for number in range(1, 25)])
+    limits = [largest * number // 25 for number in range(1, 25)]
     (setting.place / "tmpfs").mkdir(exist_ok=True)
-    disks = [calls.forked(partial(on_tmpfs, share, need)) for share in shares for need in (0, size)]
+    disks = [calls.forked(partial(on_tmpfs, share, need)) for share in setting.some(sizes) for need in (0, size)]
     rows = []
     if any(end.error and "Operation not permitted" in end.error.get("bug", "") for end in disks):
-        rows.append(Row("G1", "a real small disk (tmpfs)", "not tried", "0 damaged", False, "no user namespaces here"))
+        why = "no user namespaces here"
+        rows.append(Row("G1", "a real small disk (tmpfs)", "-", "0 damaged", False, why, trials=0, of=2 * len(sizes)))
     else:
-        rows.append(_limited_row(f"a checkpoint onto a tmpfs too small for it: {len(disks)} sizes", disks, setting))
-    ends = [calls.forked(partial(short, limit)) for limit in limits]
-    return [*rows, _limited_row(f"a checkpoint under RLIMIT_FSIZE (short writes): {len(ends)} limits", ends, setting)]
+        tried = f"a checkpoint onto a tmpfs too small for it: {len(disks)} sizes"
+        rows.append(_limited_row(tried, disks, 2 * len(sizes), setting))
+    ends = [calls.forked(partial(short, limit)) for limit in setting.some(limits)]
+    tried = f"a checkpoint under RLIMIT_FSIZE (short writes): {len(ends)} limits"
+    return [*rows, _limited_row(tried, ends, len(limits), setting)]
 
 
 def _attempted(work: Any, place: Path) -> dict[str, Any]:
@@ -207,7 +216,7 @@ def _attempted(work: Any, place: Path) -> dict[str, Any]:
     return {"error": end.error, "newest": newest and newest.name, "left": _left_behind(place)}
 
 
-def _limited_row(tried: str, ends: list[End], setting: Setting) -> Row:
+def _limited_row(tried: str, ends: list[End], of: int, setting: Setting) -> Row:
     wrong, fitted = [], 0
     for end in ends:
         told = end.result or {}
@@ -218,10 +227,11 @@ def _limited_row(tried: str, ends: list[End], setting: Setting) -> Row:
         elif error.get("kind") != "ResourceError" or told["newest"] != "checkpoint-3" or told["left"]:
             wrong.append(str(told or end.error)[-300:])
     slowest = max(end.seconds for end in ends)
-    figure = f"{len(ends) - fitted} refused, {fitted} saved whole, {len(wrong)} wrong; slowest {slowest:.1f} s"
+    figure = f"{len(ends) - fitted} refused, {fitted} saved whole, {len(wrong)} wrong"
     wanted = f"0 wrong: older one newest and whole, ResourceError, nothing left behind; exit <= {MOST_SECONDS:g} s"
     reached = not wrong and slowest <= MOST_SECONDS and fitted < len(ends) / 2
-    return Row("G1", tried, figure, wanted, reached, "; ".join(wrong[:SHOWN]))
+    why, took = "; ".join(wrong[:SHOWN]), f"slowest {slowest:.1f} s"
+    return Row("G1", tried, figure, wanted, reached, why, trials=len(ends), of=of, took=took)
 
 
 def _mount_tmpfs(place: Path, size: int) -> None:
@@ -249,7 +259,7 @@ def _estimate(setting: Setting) -> list[Row]:
         sizes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters: {ratio - 1:+.1%}")
         worst = max(worst, abs(ratio - 1))
     tried = "the space that a checkpoint is refused for, beside what it takes (muon and adamw)"
-    return [Row("G1", tried, "; ".join(sizes), "within 5%", worst <= 0.05)]
+    return [Row("G1", tried, "; ".join(sizes), "within 5%", worst <= 0.05, trials=len(sizes), of=len(sizes))]
 
 
 def _ratio(place: Path, spec: ModelSpec, model: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from espalier.untrusted import MAX_ROW_BYTES
 from faults import hostile
 from faults.hostile import ARTEFACTS, Artefact, Told
 from faults.sheet import Row
@@ -15,6 +16,7 @@ WHAT = {
     "F22": "archives and links",
     "F23": "hostile rows",
 }
+NONE = "none is among so small a share"
 
 
 def hostile_files(setting: Setting) -> list[Row]:
@@ -26,7 +28,26 @@ def hostile_files(setting: Setting) -> list[Row]:
     clean = [(artefact, came) for artefact, came in told if artefact.fault == "clean"]
     blamed = [artefact.name for artefact, came in clean if came.ended != "opened"]
     tried = f"clean twins: {len(clean)} artefacts"
-    return [*rows, Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, "; ".join(blamed[:3]))]
+    of = sum(artefact.fault == "clean" for artefact in ARTEFACTS)
+    why = "; ".join(blamed[:3]) if clean else NONE
+    clean_row = Row("G5", tried, f"{len(blamed)} blamed", "0", not blamed, why, trials=len(clean), of=of)
+    return [*rows, clean_row, _memory()]
+
+
+def _memory() -> Row:
+    """What a line far beyond the longest row takes, more than a clean file of rows does."""
+    long, clean = (hostile.tried(hostile.named(name)).peak_bytes for name in ("a line of 200 MB", "clean rows"))
+    more = (long - clean) / 2**20
+    return Row(
+        "F23",
+        f"memory to read a line of 200 MB, where a row may have {MAX_ROW_BYTES // 2**20} MiB",
+        f"{more:.1f} MiB more than a clean file takes",
+        "at most twice the longest row",
+        more <= 2 * MAX_ROW_BYTES / 2**20,
+        "a row of just less than the longest takes more, as it's decoded, hashed and written",
+        trials=1,
+        of=1,
+    )
 
 
 def _row(what: str, fault: str, told: Sequence[tuple[Artefact, Told]]) -> Row:
@@ -35,4 +56,7 @@ def _row(what: str, fault: str, told: Sequence[tuple[Artefact, Told]]) -> Row:
     mute = [artefact.name for artefact, came in told if artefact.error and not all(came.lines.values())]
     figure = f"{len(acted)} executions or escapes; {len(astray)} not refused as they should; {len(mute)} without a mend"
     wrong = [*acted, *astray, *mute]
-    return Row("G5", f"{fault}, {what}: {len(told)} artefacts", figure, "0; 0; 0", not wrong, "; ".join(wrong[:3]))
+    of = sum(artefact.fault == fault for artefact in ARTEFACTS)
+    why = "; ".join(wrong[:3]) if told else NONE
+    tried = f"{fault}, {what}: {len(told)} artefacts"
+    return Row("G5", tried, figure, "0; 0; 0", not wrong, why, trials=len(told), of=of)

@@ -96,7 +96,7 @@ def writers(small: Small) -> list[Writer]:
         Writer(
             "a checkpoint (save, prune)",
             checkpoints,
-            lambda place: keep(place, progress=checkpoint.Progress(step=7)),
+            lambda place: keep(place, progress=checkpoint.Progress(step=7)) and None,
             _checkpoints,
         ),
         Writer("the export (final/)", nothing, export, lambda place: _whole(place / FINAL)),

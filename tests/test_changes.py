@@ -23,7 +23,7 @@ from espalier.untrusted import read_json
 # What an unfinished run may be told anew; every other key of the main recipe makes another run.
 ALLOWED = {
     "safe": "name samples.prompts samples.max_new_tokens expected.loss expected.low expected.high data.bad_rows "
-    "train.logging_steps train.save_steps train.keep_checkpoints train.keep_every train.save train.keep",
+    "data.bad_files train.logging_steps train.save_steps train.keep_checkpoints train.keep_every train.save train.keep",
     "planned": "budget.usd budget.hours budget.kwh budget.flops budget.tokens budget.usd_per_hour budget.watts "
     "budget.kgco2e_per_kwh budget.pue",
     "flag": "budget.reserve optimizer.learning_rate optimizer.vector_learning_rate optimizer.weight_decay "

@@ -1,16 +1,24 @@
 """The fault suite: it sees every file call, makes faults happen where it says, and its sheet tells of all its parts."""
 
+import argparse
+import json
 import os
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults import calls, guards, power, refusals, suite
+from faults import calls, guards, power, refusals, rounds, runs, suite, untrusted
 from faults.sheet import SHEET, Row, Told, parts_of, render
-from faults.small import Setting, Small
+from faults.small import NAME, Setting, Small
 
-from espalier import files
+from espalier import files, pipeline
 from espalier.errors import UserError
+from espalier.ledger import Cost
+from espalier.recipe import Recipe
+from espalier.run import Run
+from espalier.train import loop
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="needs Linux on x86-64 and leave to trace a child")
 
@@ -182,14 +190,206 @@ def test_parts_draw_by_the_seed_alone(tmp_path):
     )
 
 
+def row(figure: str = "0", *, reached: bool = True, trials: int = 3, took: str = "", why: str = "") -> Row:
+    return Row("G1", "kills: 3", figure, "0", reached, why, trials=trials, of=6, took=took)
+
+
+def told(*rows: Row, part: str = "p") -> Told:
+    return Told(part, rows, 1.0, "2026-01-01")
+
+
 def test_a_sheet_says_what_fell_short():
-    rows = [Row("G1", "a: 3", "0", "0", True), Row("G2", "b", "1", "0", False, "because")]
-    text = render([Told("p", rows, 1.0, "2026-01-01")], seed=1, share=1.0, seconds=1.0)
-    assert "| G2 | b | 1 | 0 | **no** |" in text and "- G2, b: because" in text and parts_of(text) == ["p"]
+    text = render([told(row(), row("1", reached=False, took="2.0 s", why="because"))], seed=1, share=1.0)
+    assert "| G1 | kills: 3 | 1; 2.0 s | 0 | **no** |" in text and "- G1, kills: because" in text
+    assert parts_of(text) == ["p"] and "2 rows, 1 of them short of their goal, 0 not tried" in text
+
+
+def test_a_sheet_says_how_many_of_all_trials_a_part_made():
+    assert "| p | 50% | 6 of 12 | 1.0 | 2026-01-01 |" in render([told(row(), row())], seed=1, share=0.5)
+
+
+def test_what_was_not_tried_is_not_reached():
+    """Whatever its part thinks of it."""
+    text = render([told(row(trials=0, why="no such tool"))], seed=1, share=1.0)
+    assert row(trials=0).verdict == "not tried" and "| G1 | kills: 3 | - | 0 | **not tried** |" in text
+    assert "- G1, kills: no such tool" in text and "0 of them short of their goal, 1 not tried" in text
+
+
+def test_a_kind_of_which_no_artefact_was_opened_says_so():
+    none = untrusted._row("pickles", "F20", [])
+    assert none.verdict == "not tried" and none.why and none.of > 0
 
 
 def test_the_sheet_is_of_these_parts():
-    assert parts_of(SHEET.read_text(encoding="utf-8")) == list(suite.PARTS)
+    assert parts_of(SHEET.read_text(encoding="utf-8")) == [*suite.PARTS, suite.ALL]
+
+
+class Brief:
+    """Writes as a run does, in milliseconds; what it ends with are its files."""
+
+    run = Path()
+
+    def carry_out(self, runs: Path) -> int:
+        (runs / NAME).mkdir(exist_ok=True)
+        for step in range(8):
+            with (runs / NAME / "metrics.jsonl").open("a") as log:
+                log.write(f"{step}\n")
+            (runs / NAME / f"step{step}").write_text("weights")
+        return 0
+
+
+@pytest.fixture
+def brief(tmp_path, monkeypatch):
+    """A setting whose run is brief, by seed, and all that was killed in it."""
+    asked = []
+    watch = calls.watch
+
+    def watched(work, below, *, at=0, fault="kill"):
+        asked.append((below.name, at, fault))
+        return watch(work, below, at=at, fault=fault)
+
+    monkeypatch.setattr(runs, "ends_with", lambda run: ["calm"])
+    monkeypatch.setattr(calls, "watch", watched)
+    return lambda seed: Setting(tmp_path, Brief(), seed, 0.05), asked
+
+
+def test_the_seed_alone_says_when_a_run_is_killed(brief):
+    setting, asked = brief
+    rows = [runs.random_kills(setting(seed)) for seed in (1, 1, 2)]
+    kills, each = [kill for kill in asked if kill[1]], len(asked) // 3
+    assert rows[0] == rows[1] and asked[:each] == asked[each : 2 * each] and rows[0][0].trials == 20
+    assert kills[: len(kills) // 2] != kills[-(len(kills) // 2) :]
+    assert {name for name, _, _ in kills} == {"killed", "metrics.jsonl"} and {kind for *_, kind in kills} == {
+        "kill",
+        "torn",
+    }
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_the_file_calls_of_a_run_do_not_hang_on_the_clock(tmp_path, monkeypatch, seconds):
+    """It charges its time after each step, however long that took, and as others do elsewhere."""
+    charged = []
+    monkeypatch.setattr(Run, "uncharged_seconds", seconds)
+
+    def run(*_, **__):
+        meter = loop.Meter(Run(tmp_path, Recipe(), tell=print), Cost())
+        monkeypatch.setattr(meter, "flush", charged.append)
+        meter.count("state", loop.Step(1.0, 1.0, 1.0, 1, 1.0, 0.1))
+        return 0
+
+    monkeypatch.setattr(pipeline, "main", run)
+    assert Small(tmp_path).carry_out(tmp_path) == 0 and charged == ["state"]
+    assert run() == 0 and len(charged) == 1 + int(seconds)
+
+
+def test_rounds_that_differ_in_times_alone_are_the_same():
+    assert rounds.flakes([[told(row(took="1.0 s"))], [told(row(took="2.0 s"))], [told(row())]]) == []
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        (row("1 lost"), "figure '1 lost', at first '0'"),
+        (row(reached=False), "reached False, at first True"),
+        (row(reached=False, took="9 s"), "reached False, at first True, took '9 s', at first ''"),
+        (row(trials=2), "trials 2, at first 3"),
+        (row(why="bits"), "why 'bits', at first ''"),
+    ],
+)
+def test_a_row_that_differs_is_told_once_with_both_values(other, said):
+    calm = [told(row(), part="a"), told(row(), row(), part="b")]
+    odd = [told(row(), part="a"), told(row(), other, part="b")]
+    assert rounds.flakes([calm, odd, odd, calm]) == [f"b, round 2: G1, kills: {said}"]
+
+
+def test_a_row_that_comes_or_goes_is_a_flake():
+    one, two = [told(row())], [told(row(), row())]
+    assert rounds.flakes([one, two]) == ["p, round 2: kills: 3 is new"]
+    assert rounds.flakes([two, one]) == ["p, round 2: kills: 3 is missing"]
+
+
+@pytest.mark.parametrize(
+    "count, flakes, verdict", [(50, [], "yes"), (49, [], "no"), (50, ["x"], "no"), (0, [], "not tried")]
+)
+def test_fifty_rounds_without_a_flake_are_wanted(tmp_path, monkeypatch, count, flakes, verdict):
+    found = {"rounds": count, "seed": 1, "share": 0.02, "rows": 33, "flakes": flakes, "date": "2026-01-01"}
+    monkeypatch.setattr(rounds, "FOUND", tmp_path / "rounds.json")
+    rounds.FOUND.write_text(json.dumps(found))
+    [said] = rounds.compared(Setting(tmp_path, Small(tmp_path)))
+    assert said.verdict == verdict and said.trials == count and said.of == 50
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A suite of other parts, which has no run to make, its record and its sheet."""
+    monkeypatch.setattr(Small, "make", classmethod(lambda cls, place: place.mkdir(parents=True) or cls(place)))
+    monkeypatch.setattr(calls, "share_memory", lambda: None)
+    monkeypatch.setattr(suite, "SHEET", tmp_path / "sheet.md")
+    monkeypatch.setattr(rounds, "FOUND", tmp_path / "rounds.json")
+    found = {}
+    monkeypatch.setattr(suite, "PARTS", found)
+    return found
+
+
+def carry_out(repeat: int = 1) -> int:
+    return suite.main(argparse.Namespace(only=None, repeat=repeat, seed=1, share=0.5))
+
+
+def test_rounds_are_compared_and_written_down(parts, tmp_path, capsys):
+    count = tmp_path / "count"
+
+    def counting(setting: Setting) -> list[Row]:
+        count.write_text(count.read_text() + "x" if count.exists() else "x")
+        return [row(str(min(3, len(count.read_text()))))]
+
+    parts |= {"calm": lambda setting: [row(took=str(time.monotonic()))], "odd": counting, "rounds compared": None}
+    assert carry_out(repeat=3) == 1 and not (tmp_path / "sheet.md").exists()
+    found = json.loads((tmp_path / "rounds.json").read_text())
+    assert found["rounds"] == 3 and found["rows"] == 2 and found["share"] == 0.5
+    assert found["flakes"] == ["odd, round 2: G1, kills: figure '2', at first '1'"]
+    assert found["flakes"][0] in capsys.readouterr().out
+    assert carry_out(repeat=2) == 0  # three from now on
+    assert json.loads((tmp_path / "rounds.json").read_text())["flakes"] == []
+
+
+def test_a_suite_in_which_nothing_was_tried_fails(parts, tmp_path):
+    parts["p"] = lambda setting: [row()]
+    assert carry_out() == 0 and parts_of((tmp_path / "sheet.md").read_text()) == ["p", suite.ALL]
+    parts["q"] = lambda setting: [row(trials=0)]
+    assert carry_out() == 1
+
+
+def test_a_part_that_breaks_off_says_of_what(parts, tmp_path):
+    parts["p"] = lambda setting: [row("1" * (1 // 0))]
+    parts["q"] = lambda setting: os._exit(3)
+    assert carry_out() == 1
+    sheet = (tmp_path / "sheet.md").read_text()
+    assert "ZeroDivisionError" in sheet and "ended without a word" in sheet and sheet.count("broke off") == 2
+
+
+def test_what_the_others_met_is_looked_at_when_they_have_ended(parts, tmp_path, monkeypatch):
+    def slow(setting: Setting) -> list[Row]:
+        time.sleep(0.5)
+        setting.seen(calls.End(error={"kind": "x", "where": "w", "found": "f", "expected": "e", "mend": "m"}))
+        return [row()]
+
+    monkeypatch.setattr(refusals, "SOURCE", tmp_path / "empty")
+    parts |= {"refusals": lambda setting: refusals.refusals(setting)[1:], "slow": slow, "slower": slow}
+    assert carry_out() == 0
+
+
+def test_the_share_of_few_trials_is_one(tmp_path):
+    setting = Setting(tmp_path, Small(tmp_path), share=0.01)
+    assert setting.some("abcde") == ["c"] and replace(setting, share=1.0).some("abcde") == list("abcde")
+
+
+def test_a_result_that_is_not_json_is_a_bug_of_the_work(tmp_path):
+    for work in (lambda: tmp_path, lambda: 1 // 0):
+        assert "bug" in (calls.forked(work).error or {}) and "bug" in (calls.watch(work, tmp_path).error or {})
+
+
+def test_a_process_with_large_pages_is_the_same():
+    assert calls.forked(lambda: (calls.share_memory(), sum(range(10)))[1]).result == 45
 
 
 def test_a_refusal_comes_back_as_four_lines(tmp_path):

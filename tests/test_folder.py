@@ -179,3 +179,60 @@ def test_a_lineage_goes_back_as_far_as_it_is_recorded(bare):
     middle = {"run": "middle", "parents": [{"name": "other", "made": None}, {"name": "bottom", "made": bottom}]}
     (bare / MADE).write_text(json.dumps({"run": "top", "parents": [{"name": "middle", "made": middle}]}))
     assert [made["run"] for made in ModelFolder(bare).lineage()] == ["top", "middle", "bottom"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("number", [8, -1, [0, 8], "0", 1.5])
+def test_a_special_id_that_the_embedding_has_no_row_for_is_refused(bare, name, key, number):
+    if name != "config.json":
+        (bare / name).write_text(json.dumps({key: number}))
+    else:
+        edit(bare, **{key: number})
+    refused = refusal(bare)
+    assert refused.where == f"{bare / name}: {key}" and "8 rows" in refused.expected
+
+
+@pytest.mark.parametrize("number", [None, 0, 7, [0, 7], []])
+def test_special_ids_with_rows_of_their_own_are_taken(bare, number):
+    edit(bare, bos_token_id=number, eos_token_id=number, pad_token_id=number)
+    ModelFolder.open(bare)
+
+
+def test_the_rows_of_a_model_that_also_sees_are_those_of_its_text(bare):
+    config = SPEC.to_config()
+    (bare / "config.json").write_text(json.dumps({"text_config": config, "eos_token_id": 8}))
+    assert "8 rows" in refusal(bare).expected
+    (bare / "config.json").write_text(json.dumps({"text_config": {}, "eos_token_id": 8}))
+    ModelFolder.open(bare)
+
+
+def with_ids(count: int, added: int = 0, kind: str = "BPE") -> dict:
+    vocabulary = {f"t{number}": number for number in range(count)}
+    return {
+        "model": {"type": kind, "vocab": [[token, 0.0] for token in vocabulary] if kind == "Unigram" else vocabulary},
+        "added_tokens": [{"id": count + number, "content": f"<{number}>"} for number in range(added)],
+    }
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+@pytest.mark.parametrize(("count", "added", "taken"), [(8, 0, True), (3, 2, True), (9, 0, False), (7, 2, False)])
+def test_a_tokenizer_may_have_fewer_ids_than_the_embedding_rows_and_never_more(bare, kind, count, added, taken):
+    (bare / "tokenizer.json").write_text(json.dumps(with_ids(count, added, kind)))
+    if taken:
+        ModelFolder.open(bare)
+        return
+    refused = refusal(bare)
+    assert refused.where.endswith("tokenizer.json") and "rows: 8 to 8 can't be used" in refused.found
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json"])
+def test_a_file_that_was_added_to_a_tokenizer_is_noticed_while_there_is_a_manifest(bare, name):
+    files.write_manifest(bare)
+    (bare / "notes.txt").write_text("no matter")
+    ModelFolder.open(bare)
+    (bare / name).write_text("{}")
+    refused = refusal(bare)
+    assert name in refused.found and "without manifest.json it is taken" in refused.mend
+    (bare / files.MANIFEST).unlink()
+    ModelFolder.open(bare)

@@ -22,6 +22,8 @@ from espalier.errors import BudgetError, RecipeError
 from espalier.launch import Job
 from espalier.pipeline import PretrainRecipe
 from espalier.run import FINAL, STATE
+from espalier.train.parallel import Parallel
+from espalier.world import World
 
 SETTINGS = {"setup": "", "command": "espalier"}
 STORAGE = "s3://runs"
@@ -248,14 +250,43 @@ def test_what_does_not_fit_one_device_may_fit_several(job):
     large = ("stages.1.hidden_size=2048", "stages.1.num_hidden_layers=48")
     with pytest.raises(BudgetError, match="memory"):
         job(*large, key="t4")
-    with pytest.raises(BudgetError, match="each of 2 processes"):
+    with pytest.raises(BudgetError, match="each of 2 ranks"):
         job(*large, key="t4", devices=2)
     assert job(*large, key="t4", devices=4).ranks == job(*large, key="t4", devices=2, nodes=2).ranks == 4
+
+
+def test_what_each_device_holds_is_priced_as_the_recipe_shares_the_model(job):
+    large = ("stages.1.hidden_size=2048", "stages.1.num_hidden_layers=48")
+    with pytest.raises(BudgetError, match="each of 4 ranks"):
+        job(*large, "train.parallel.shard=2", key="t4", devices=4)  # two copies, of two shards each
+    assert job(*large, "train.parallel.tensor=2", key="t4", devices=4).ranks == 4
+    asked = [job(*large, f"train.parallel.shard={shard}", devices=4).memory for shard in (1, 2, 4)]
+    assert asked[0] > asked[1] > asked[2], "RAM to be asked for"
+
+
+def test_a_job_is_refused_where_its_run_would_be(job):
+    """Not only when its machines have been waited for."""
+    stated = ("stages.1.hidden_size=2048", "stages.1.num_hidden_layers=48", "train.parallel.shard=2")
+    resolved = job(*stated, devices=4).recipe
+    for key in ("t4", "l4", "a100-40g"):
+        row = hardware.named(key, home=files.home()).part(4)
+        parallel = Parallel(World(0, 4, 0, 4), 2, 2)
+        try:
+            planner.require_memory_of_ranks(resolved, row, parallel)
+        except BudgetError as refusal:
+            with pytest.raises(BudgetError) as refused:
+                job(*stated, key=key, devices=4)
+            assert str(refused.value) == str(refusal)
+        else:
+            job(*stated, key=key, devices=4)
 
 
 def test_rows_that_cannot_be_dealt_out_are_refused(job):
     with pytest.raises(RecipeError, match="a multiple of 3"):
         job(devices=3)
+    assert job("train.parallel.tensor=2", "stages.1.hidden_size=64", devices=8).ranks == 8, "a group has the same rows"
+    with pytest.raises(RecipeError, match=r"train\.parallel\.tensor"):
+        job("train.parallel.tensor=2", devices=1, nodes=2)
     with pytest.raises(RecipeError, match="--nodes"):
         job(key="epyc-9654", devices=2)
 

@@ -3,13 +3,14 @@ holds for any number of ranks.
 """
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from espalier import planner
+from espalier import planner, watch
 from espalier.budget import flops
 from espalier.budget.hardware import Hardware
 from espalier.budget.memory import of_one_device
@@ -88,6 +89,54 @@ def test_gradients_are_added_in_pairs_where_there_is_room_for_them():
         row = replace(ROOMY, memory_bytes=room)
         assert planner._accumulate(recipe, row, SINGLE) == expected
         assert planner._accumulate(recipe, row, World(0, 2, 0, 2)) == "pairs"
+
+
+class Counter:
+    """A machine's own, in kWh."""
+
+    def __init__(self, *, measured: bool) -> None:
+        self.measured, self.kwh = measured, 0.0
+
+    def read_kwh(self) -> float:
+        return self.kwh
+
+
+def energy_of(ranks, tmp_path, monkeypatch, *, machines: int, measured=(True, True)) -> list:
+    """(measured figures, kWh) of an entry for which the first machine drew 1 kWh and the second 10."""
+
+    def work(world: World) -> list:
+        local = 2 // machines
+        world = replace(world, local_rank=world.rank % local, local_size=local)
+        counter = Counter(measured=measured[world.rank])
+        monkeypatch.setattr(planner.price, "best_meter", lambda row: counter)
+        monkeypatch.setattr(planner.hardware, "here", lambda home: ROOMY)
+        with watch.over(world, deadline=0.5, patience=60):
+            run = Run.start(tmp_path / "run", read(), tell=lambda line: None, world=world)
+            planner.machine(read("budget.pue=2"), run)
+            counter.kwh += 1.0 + 9 * world.rank
+            world.gathered(0)
+            time.sleep(0.3)
+            run.charge("train")
+            world.gathered(0)
+            run.close()
+        entries = run.ledger.entries
+        return [list(entries[0].measured), entries[0].cost.kwh] if world.leads else []
+
+    return ranks(2, work)[0]
+
+
+def test_the_energy_of_all_machines_is_added_up(ranks, tmp_path, monkeypatch):
+    assert energy_of(ranks, tmp_path, monkeypatch, machines=2) == [["seconds", "kwh"], 2 * 11.0]
+
+
+def test_ranks_of_one_machine_read_its_counters_once(ranks, tmp_path, monkeypatch):
+    assert energy_of(ranks, tmp_path, monkeypatch, machines=1) == [["seconds", "kwh"], 2 * 1.0]
+
+
+@pytest.mark.parametrize("measured", [(True, False), (False, True)])
+def test_energy_is_measured_on_all_machines_or_estimated(measured, ranks, tmp_path, monkeypatch):
+    figures, kwh = energy_of(ranks, tmp_path, monkeypatch, machines=2, measured=measured)
+    assert figures == ["seconds"] and kwh < 1e-4
 
 
 def test_a_run_that_just_fits_is_let_through():

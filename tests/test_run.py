@@ -425,7 +425,8 @@ def test_an_error_ends_in_the_status_and_its_traceback_in_the_log(start, folder,
         assert run.state == {"status": "running"}
         raise ValueError("odd number")
     assert raised.value.log == folder / LOG
-    ended = {"status": "failed", "time": clock.now, "reason": "odd number"}
+    told = {"kind": "ValueError", "where": "ValueError: odd number"}
+    ended = {"status": "failed", "time": clock.now, "reason": "odd number", "error": told}
     assert run.state == ended | {"seals": {RECIPE: records.last_seal(folder / RECIPE)}}
     assert "Traceback" in (folder / LOG).read_text()
     start()

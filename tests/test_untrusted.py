@@ -1,6 +1,8 @@
 """What files of others may not ask for, wherever in a file they do, and what rows of theirs are."""
 
 import json
+import tracemalloc
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -144,3 +146,21 @@ def test_a_line_is_a_row_or_no_row(line):
         assert isinstance(json_object(line), dict)
     except ValueError as error:
         assert str(error)
+
+
+@given(st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=8), st.integers(1, 40))
+def test_lines_come_back_in_order_and_one_that_is_too_long_is_none(tmp_path_factory, held, most):
+    path = tmp_path_factory.getbasetemp() / "lines"
+    path.write_bytes(b"".join(line + b"\n" for line in held))
+    with mock.patch.object(untrusted, "PIECE", 7):
+        assert list(untrusted.lines(path, most)) == [line + b"\n" if len(line) < most else None for line in held]
+
+
+def test_of_a_line_that_is_too_long_little_is_held(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b"x" * 5_000_000 + b"\nrest")
+    tracemalloc.start()
+    assert list(untrusted.lines(path, 1_000_000)) == [None, b"rest"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000

@@ -20,6 +20,10 @@ from espalier.untrusted import leads_outside, pickle_in, read_json, require_plai
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MADE = "made.json"
+# Where ids of tokens with a meaning are stated, and how.
+ID_CONFIGS = ("config.json", "generation_config.json")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class ModelFolder:
             )
         _ = folder.config
         folder.weight_files()
-        if (folder.path / files.MANIFEST).exists() and (damage := files.damage(folder.path)):
+        if (folder.path / files.MANIFEST).exists() and (damage := files.damage(folder.path) or folder._unrecorded()):
             raise ModelError(
                 str(path),
                 found=damage,
@@ -49,7 +53,14 @@ class ModelFolder:
                 mend=f"Restore the folder from its source; without {files.MANIFEST} it is taken as it is.",
             )
         folder._require_own_tokenizer()
+        folder._require_ids()
         return folder
+
+    def _unrecorded(self) -> str | None:
+        """A file that would change what is read or written, and that the manifest doesn't know, in a line."""
+        known = files.recorded(self.path)
+        added = [path.name for path in tokenizer_files(self.path) if path.name not in known]
+        return f"{added[0]}, which {files.MANIFEST} doesn't have" if added else None
 
     def _require_own_tokenizer(self) -> None:
         """Refuse another tokenizer than the one that made.json says the model was trained with."""
@@ -60,6 +71,33 @@ class ModelFolder:
                 found=f"another tokenizer than the model was trained with (sha256 {found[:12]})",
                 expected=f"the one that its ids stand for (sha256 {recorded[:12]}, by {MADE})",
                 mend="Restore tokenizer.json from where the folder came from.",
+            )
+
+    def _require_ids(self) -> None:
+        """Refuse ids that the embedding has no row for: of the tokenizer, or of what begins, ends and fills texts.
+
+        Rows that no id stands for are no harm: many models are padded so.
+        """
+        rows = _rows(self.config)
+        if rows is None:
+            return
+        for path in (self.path / name for name in ID_CONFIGS if (self.path / name).exists()):
+            for key, number in _special_ids(read_json(path)):
+                if not isinstance(number, int) or not 0 <= number < rows:
+                    raise ModelError(
+                        f"{path}: {key}",
+                        found=f"{number!r}, for which the embedding has no row",
+                        expected=f"an id of its {rows} rows, from 0",
+                        mend="Set it to what tokenizer.json calls that token, or to null if there is none.",
+                    )
+        ids = _id_count(self.path / "tokenizer.json")
+        if ids > rows:
+            raise ModelError(
+                str(self.path / "tokenizer.json"),
+                found=f"a tokenizer of {ids} ids and an embedding of {rows} rows: {rows} to {ids - 1} can't be used",
+                expected="a row for every id",
+                mend="Restore the tokenizer that the model was trained with, or resize the model where it was made, by "
+                "resize_token_embeddings() and save_pretrained().",
             )
 
     @cached_property
@@ -124,10 +162,43 @@ class ModelFolder:
             made = next((parent["made"] for parent in made.get("parents", []) if parent.get("made")), None)
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make its tokenizer, those that are there."""
+    return [path for name in TOKENIZER_FILES if (path := folder / name).exists()]
+
+
 def read_spec(path: Path) -> ModelSpec:
     """The shape that a config states: a JSON file, or the config.json of a folder, whose weights needn't be there."""
     file = path / "config.json" if path.is_dir() else path
     return ModelSpec.from_config(read_json(file), where=str(file))
+
+
+def _rows(config: dict[str, Any]) -> int | None:
+    """Rows of the embedding, where a config states them, maybe in the part of it that is about text."""
+    text = config.get("text_config")
+    rows = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return rows if isinstance(rows, int) else None
+
+
+def _special_ids(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key, id) of the tokens that a config gives a meaning to."""
+    for key in SPECIAL_IDS:
+        stated = config.get(key)
+        yield from (
+            (key, number) for number in (stated if isinstance(stated, list) else [stated]) if number is not None
+        )
+
+
+def _id_count(path: Path) -> int:
+    """The largest id of a tokenizer.json, and one; 0 without the file."""
+    if not path.exists():
+        return 0
+    told = read_json(path)
+    model, added = told.get("model"), told.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
+    ids += [entry.get("id") for entry in added or () if isinstance(entry, dict)]
+    return max((number for number in ids if isinstance(number, int)), default=-1) + 1
 
 
 def _indexed(path: Path) -> list[str]:

@@ -14,17 +14,20 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from espalier import errors, files, planner, recipe, torchrun, units
-from espalier.budget import hardware, memory, parallel
+from espalier.budget import hardware
 from espalier.budget.hardware import Hardware
-from espalier.budget.parallel import Layout, Update
 from espalier.data.sources import HUB, STDLIB
 from espalier.errors import BudgetError, RecipeError
 from espalier.pipeline import PretrainRecipe
+from espalier.world import World
+
+if TYPE_CHECKING:
+    from espalier.train.parallel import Parallel
 
 # RAM beside what an update holds: the longest document takes 1.8 GB to tokenise (data/sources.py), the rest is slack.
 PREPARING = 8e9
@@ -101,7 +104,8 @@ class Job:
     ) -> Job:
         """Price a recipe on machines of a row of the catalogue; what can't be trained there is refused.
 
-        Each device has a process, which beside others holds its part of the model; a machine of processors is one.
+        Each device has a process, which beside others holds its part of the model, as train.parallel has it; a machine
+        of processors is one.
         BudgetError when a stage doesn't fit the memory, or when neither the budget nor the stages say how long the
         run may take.
         """
@@ -119,8 +123,11 @@ class Job:
         machine = planner.at_prices(resolved, row)
         if ranks == 1:
             planner.require_memory(resolved, row)
+            need = planner.most_memory(resolved)
         else:
-            _require_share(resolved, one, ranks)
+            parallel = _parallel(resolved, devices, nodes)
+            planner.require_memory_of_ranks(resolved, row, parallel)
+            need = max(planner.memory_of_ranks(resolved, parallel))
         estimated = planner.estimate(resolved, machine).total.seconds
         share = resolved.budget.cap().share_spent(machine.rates.cost(1.0))
         seconds = 1 / share if share else estimated
@@ -132,7 +139,7 @@ class Job:
             basis="budget" if share else "estimated",
             usd=machine.rates.cost(seconds).usd,
             cpus=cpus or (one.count if one.kind == "cpu" else CPUS_BESIDE_A_GPU * devices),
-            memory=memory or math.ceil((max(_shares(resolved, ranks, one)) * devices + PREPARING) / 1e9),
+            memory=memory or math.ceil((need * devices + PREPARING) / 1e9),
             setup=setup,
             command=command,
             processes=devices,
@@ -188,39 +195,14 @@ def _machine(row: Hardware, cpus: int | None, memory: int | None) -> Hardware:
     return replace(row, memory_bytes=round(memory * 1e9)) if memory else row
 
 
-def _shares(resolved: PretrainRecipe, ranks: int, device: Hardware) -> list[int]:
-    """Bytes that a process holds at each stage, of so many that divide the weights and the rows between them."""
-    if ranks == 1:
-        return [planner.most_memory(resolved)]
-    micro_rows = min(resolved.micro_rows, max(resolved.rows // ranks, 1))
-    update = Update(
-        ranks * micro_rows,  # a micro-batch each: more of them hold no more
-        micro_rows,
-        resolved.data.sequence_length,
-        "float32" if resolved.train.bf16 == "off" else hardware.compute_dtype(device),
-        resolved.train.recompute,
-    )
-    layout = Layout(data=ranks, sharding="full")
-    return [memory.FRAMEWORK + parallel.rank_memory(spec, layout, update).total for spec in resolved.specs()]
+def _parallel(resolved: PretrainRecipe, processes: int, nodes: int) -> Parallel:
+    """How so many processes of each machine share the training; `RecipeError` where the recipe doesn't let them."""
+    from espalier.train.parallel import Parallel, divided
 
-
-def _require_share(resolved: PretrainRecipe, device: Hardware, ranks: int) -> None:
-    """Refuse rows that can't be dealt out to so many processes, and a stage of which a process can't hold its part."""
-    if resolved.rows % ranks:
-        raise RecipeError(
-            "train.batch_tokens",
-            found=f"{resolved.rows} rows an update for {ranks} processes",
-            expected=f"a multiple of {ranks}",
-            mend="Change train.batch_tokens, --devices or --nodes.",
-        )
-    shares, room = _shares(resolved, ranks, device), memory.of_one_device(device)
-    if max(shares) > room:
-        raise BudgetError(
-            f"stage {shares.index(max(shares)) + 1}: memory",
-            found=f"{units.si(max(shares), 'B')} at its most for each of {ranks} processes",
-            expected=f"at most {units.si(room, 'B')}, what one of {device.name} has",
-            mend="Raise --devices or --nodes, set train.per_device_train_batch_size=1 or train.recompute=layers.",
-        )
+    world = World(0, processes * nodes, 0, processes)
+    parallel = Parallel(world, *divided(world, resolved.train.parallel))
+    parallel.require_rows(resolved.rows)
+    return parallel
 
 
 def slurm(

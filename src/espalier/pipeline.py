@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import psutil
 from pydantic import Field, model_validator
 
-from espalier import errors, files, planner, recipe, records
+from espalier import errors, files, planner, recipe, records, watch
 from espalier.budget import flops, memory
 from espalier.budget.plan import Plan
 from espalier.data import origin
@@ -110,17 +110,22 @@ def pretrain(resolved: PretrainRecipe, run: Run, *, accept_data: str = "") -> in
     """The main job in a run folder: exit code 0 when done, else that of the way in which it ended early."""
     from espalier import story
 
+    watch.beside(0, "planning")
     here = planner.machine(resolved, run)
     parallel = _parallel(resolved, here, run)
     run.charge("start")
     planner.settle(resolved, here, run, parallel)  # refuses what can't be done before anything goes into data
     run.charge("plan")
 
-    text = run.world.in_turn(lambda: corpus(resolved.data, home=files.home(), tell=run.tell))
+    watch.beside(0, "preparing data", more=PATIENCE)
+    text = run.world.in_turn(
+        lambda: corpus(origin.with_own_tokenizer(resolved.data, run.folder), home=files.home(), tell=run.tell)
+    )
     _require_one_origin(text, run)
     run.world.led(lambda: origin.require_same(run.folder, text, accept=accept_data, tell=run.tell))
     run.charge("data")
 
+    watch.beside(0, "planning")
     settled = planner.settle(resolved, here, run, parallel)
     run.world.led(lambda: settled.keep(run))
     run.world.led(lambda: story.tell_plan(settled.plan, run.ledger.cap))
@@ -250,6 +255,8 @@ def _export(
 
     state = outcome.state
     model = state.model
+    step, need = state.progress.step, memory.folder_bytes(state.spec, "float32")
+    watch.beside(step, "writing samples")
     settled.device.release(model)
     results = Report(run.name, context={"tokens": state.progress.tokens, "step": state.progress.step})
     held_out = outcome.held_out
@@ -277,11 +284,12 @@ def _export(
         card = model_card(run.name, state.spec.family, state.spec, parameters, made, results)
         files.write_text(folder / "README.md", card)
 
+    watch.beside(step, "exporting", more=watch.moving(need))
     checkpoint.save_model(
         run.folder / FINAL,
         model,
         tokenizer=vocabulary,
-        need_bytes=memory.folder_bytes(state.spec, "float32"),
+        need_bytes=need,
         also=describe,
         parallel=parallel,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
-from espalier import files, records, units
+from espalier import files, records, units, watch
 from espalier.budget import flops, hardware, memory, price
 from espalier.budget.hardware import Hardware
 from espalier.budget.parallel import Layout, Update, rank_memory
@@ -122,10 +122,26 @@ def machine(recipe: PlannedRecipe, run: Run | None = None) -> Machine:
     if world.size > 1:
         row = row.part(world.size if row.kind == "cuda" else world.machines)
     here = at_prices(recipe, row)
-    if run and run.world.leads:
-        meter = price.best_meter(here.hardware)
-        run.price(here.rates, (lambda: recipe.budget.pue * meter.read_kwh()) if meter.measured else None)
+    if run:
+        _price(run, here, recipe.budget.pue)
     return here
+
+
+def _price(run: Run, here: Machine, pue: float) -> None:
+    """Charge a run at the machine's prices from now on; its energy is measured if that of every machine is.
+
+    The first rank of each reads its machine's counters, and the leader adds up what it is told of them.
+    """
+    world, row = run.world, here.hardware
+    if row.kind == "cuda" and world.size > 1:
+        row = row.part(world.local_size)
+    meter = price.best_meter(row) if world.local_rank == 0 else None
+    measured = all(world.gathered(meter is None or meter.measured))
+    if world.leads:
+        assert meter
+        run.price(here.rates, (lambda: pue * (meter.read_kwh() + watch.readings())) if measured else None)
+    elif meter and measured:
+        watch.metered(meter.read_kwh)
 
 
 def at_prices(recipe: PlannedRecipe, row: hardware.Hardware) -> Machine:
@@ -228,16 +244,8 @@ def require_memory(recipe: PlannedRecipe, row: hardware.Hardware) -> None:
 
 def require_memory_of_ranks(recipe: PlannedRecipe, row: Hardware, parallel: Parallel) -> None:
     """Refuse a run of which a stage doesn't fit the memory that each rank has."""
-    layout = Layout(data=parallel.shard, tensor=parallel.tensor, sharding="full")
-    update = Update(
-        rows=recipe.rows // parallel.replicate,
-        micro_rows=parallel.micro_rows(recipe.rows, recipe.micro_rows),
-        sequence_length=recipe.data.sequence_length,
-        compute="bfloat16" if recipe.train.bf16 == "on" else "float32",
-        recompute=recipe.train.recompute,
-    )
     at_hand = memory.of_one_device(row) // (parallel.world.size if row.kind == "cpu" else 1)
-    needs = [memory.FRAMEWORK + rank_memory(spec, layout, update).total for spec in recipe.specs()]
+    needs = memory_of_ranks(recipe, parallel)
     if (need := max(needs)) > at_hand:
         raise BudgetError(
             f"stage {needs.index(need) + 1}: memory",
@@ -246,6 +254,20 @@ def require_memory_of_ranks(recipe: PlannedRecipe, row: Hardware, parallel: Para
             mend="Start more processes on more devices, or set train.recompute=layers or a smaller "
             "train.per_device_train_batch_size.",
         )
+
+
+def memory_of_ranks(recipe: PlannedRecipe, parallel: Parallel) -> list[int]:
+    """Bytes that a rank holds at its most at each stage: its part of a copy, and rows of its own."""
+    layout = Layout(data=parallel.shard, tensor=parallel.tensor, sharding="full")
+    update = Update(
+        rows=recipe.rows // parallel.replicate,
+        micro_rows=parallel.micro_rows(recipe.rows, recipe.micro_rows),
+        sequence_length=recipe.data.sequence_length,
+        compute="bfloat16" if recipe.train.bf16 == "on" else "float32",
+        recompute=recipe.train.recompute,
+        accumulate="pairs",
+    )
+    return [memory.FRAMEWORK + rank_memory(spec, layout, update).total for spec in recipe.specs()]
 
 
 def most_memory(recipe: PlannedRecipe) -> int:

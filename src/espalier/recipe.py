@@ -126,12 +126,13 @@ def _read(path: Path) -> str:
 def _parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple, int]]:
     """The values of a YAML mapping and the line (from 1) of every key path."""
     lines: dict[tuple, int] = {}
+    values: Any = {}
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         if node is not None:
             _require_small(node, {})
-        values = yaml.load(text, Loader=_Loader)
-        if node is not None:
+            values = loader.construct_document(node)
             _record_lines(node, (), lines)
     except yaml.MarkedYAMLError as error:
         assert error.problem_mark, "every problem of a parser has its place"

@@ -23,6 +23,7 @@ import importlib.metadata
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
@@ -31,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from espalier import changes, files, recipe, records, watch
+from espalier import changes, errors, files, recipe, records, watch
 from espalier.errors import RunError, UserError
 from espalier.folder import MADE, ModelFolder
 from espalier.ledger import Cap, Cost, Entry, Ledger, Rates
@@ -97,8 +98,9 @@ class Run:
     ) -> Run:
         """As `take_up`, by the leader of a world; the other ranks follow it."""
         take_up = partial(cls.take_up, folder, resolved, cap=cap, tell=tell, since=since, accept=accept)
-        run = world.led(take_up) or Follower(folder, resolved)
+        run = world.led(take_up) or Follower(folder, resolved, world.rank)
         run.world = world
+        watch.last_word(run.broke_off)
         return run
 
     @classmethod
@@ -131,8 +133,11 @@ class Run:
         run = cls(folder, resolved, cap=cap, tell=tell, since=since)
         run._hold()
         try:
+            held_by = run._sign_lock()
             if (folder / RECIPE).exists():
                 require_whole(folder)
+                if ended := _why_ended(run.state, held_by):
+                    tell(f"The run before {ended}.")
                 run._same_recipe(accept)
             for name in files.remove_partials(folder):
                 tell(f"Removed {name}: it was never finished.")
@@ -153,12 +158,17 @@ class Run:
         """status ('running', 'finished', 'stopped', 'failed') and why."""
         return records.read(self.folder / STATE, {"status": "running"})
 
-    def finish(self, status: str, reason: str = "") -> None:
+    def finish(self, status: str, reason: str = "", **more: Any) -> None:
         """Record how the run ended, and that of its records nothing is missing then."""
         self.flush()
         files_there = sorted(path for path in self.folder.glob("[!.]*") if path.is_file() and path.name != STATE)
         seals = {path.name: seal for path in files_there if (seal := records.last_seal(path))}
-        self._write_state(status, reason=reason, seals=seals)
+        self._write_state(status, reason=reason, seals=seals, **more)
+
+    def broke_off(self, error: Exception) -> None:
+        """Record an error that ends this process while its work is stuck: its records may be anywhere."""
+        with contextlib.suppress(OSError, UserError):
+            self._write_state("failed", reason=str(error), error=_described(error))
 
     def log_metrics(self, **values: Any) -> None:
         """Append one line to metrics.jsonl; it is safe from a power loss after `flush`."""
@@ -261,20 +271,28 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Let go of the folder; an error goes to log.txt with its traceback and becomes the run's status."""
         if isinstance(error, Exception):
-            error = watch.blamed(error)
-            error.log = self.folder / LOG  # type: ignore[attr-defined]
+            fault = watch.blamed(error)
+            if fault is not error:
+                fault.__cause__ = error
+            fault.log = self.folder / LOG  # type: ignore[attr-defined]
             with contextlib.suppress(OSError, UserError):  # the first error matters more than a full disk
-                log.error("%s", error, exc_info=error)
-                self.finish("failed", str(error))
+                self._failed(fault, error)
         try:
             if error is None:
                 self.flush()
         finally:
             self.close()
 
+    def _failed(self, fault: Exception, error: Exception) -> None:
+        """Keep what the run failed by, and the `error` by which it ended here."""
+        log.error("%s", fault, exc_info=fault)
+        self.finish("failed", str(fault), error=_described(fault))
+
     def close(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
         if self._handler is not None:
@@ -296,6 +314,15 @@ class Run:
                 expected="a run that nobody holds",
                 mend="Wait for it, stop it, or choose another name=...",
             )
+
+    def _sign_lock(self) -> str:
+        """Leave in the lock who holds it, until it lets go; who held it before and never did, "" for nobody."""
+        assert self._lock is not None
+        before = os.pread(self._lock, 1000, 0).decode(errors="replace")
+        with files.disk_errors(self.folder):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return before
 
     def _same_recipe(self, accept: Collection[str]) -> None:
         """Refuse another recipe; take over, and record, what an unfinished run may be told anew."""
@@ -324,9 +351,11 @@ class Run:
     def _write_state(self, status: str, **more: Any) -> None:
         records.write(self.folder / STATE, {"status": status, "time": time.time(), **more})
 
-    def _log_to_file(self) -> None:
+    def _log_to_file(self, rank: int = 0) -> None:
+        """Append to log.txt, each line's beginning with the rank but for the leader's."""
+        whose = f"rank {rank}: " if rank else ""
         self._handler = logging.FileHandler(self.folder / LOG, encoding="utf-8", delay=True)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {whose}%(message)s"))
         log.addHandler(self._handler)
         log.setLevel(logging.INFO)
 
@@ -334,11 +363,20 @@ class Run:
 class Follower(Run):
     """A run as ranks see it that don't lead: what there is one of is the leader's to write, to tell and to count."""
 
-    def __init__(self, folder: Path, resolved: Recipe) -> None:
+    def __init__(self, folder: Path, resolved: Recipe, rank: int) -> None:
         super().__init__(folder, resolved, tell=_unheard)
         self.ledger = Ledger(folder / os.devnull)
+        self._log_to_file(rank)
 
-    def finish(self, status: str, reason: str = "") -> None:
+    def _failed(self, fault: Exception, error: Exception) -> None:
+        """Only an error of this rank's own has a traceback that no other rank keeps."""
+        if fault is error and not getattr(error, "told_by_leader", False):
+            log.error("%s", error, exc_info=error)
+
+    def finish(self, status: str, reason: str = "", **more: Any) -> None:
+        pass
+
+    def broke_off(self, error: Exception) -> None:
         pass
 
     def log_metrics(self, **values: Any) -> None:
@@ -372,6 +410,28 @@ def status(folder: Path) -> str:
     """'running', 'finished', 'stopped', 'failed', or 'unfinished' if its process ended without a word."""
     said = str(records.read(folder / STATE, {"status": "running"})["status"])
     return "unfinished" if said == "running" and not _is_held(folder) else said
+
+
+def why(folder: Path) -> str:
+    """What ended a run that failed or ended without a word, in half a sentence; "" where nothing did."""
+    held = "" if _is_held(folder) else _holder(folder)
+    return _why_ended(records.read(folder / STATE, {"status": "running"}), held)
+
+
+def _why_ended(state: dict[str, Any], held_by: str) -> str:
+    """`held_by` says who held the lock and never let go of it."""
+    if state["status"] == "failed":
+        return f"failed: {state['reason'].removesuffix('.')}"
+    return f"ended without a word: {held_by} is gone" if state["status"] == "running" and held_by else ""
+
+
+def _holder(folder: Path) -> str:
+    return (folder / LOCK).read_text(errors="replace") if (folder / LOCK).exists() else ""
+
+
+def _described(error: Exception) -> dict[str, str]:
+    """An error as state.json has it: its class, and the parts of a refusal; `where` names a rank that was at fault."""
+    return {**errors.to_json(error), "kind": type(error).__name__}
 
 
 def require_whole(folder: Path) -> None:

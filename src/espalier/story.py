@@ -17,7 +17,7 @@ from espalier.errors import RunError
 from espalier.folder import ModelFolder
 from espalier.ledger import Cap, Cost, Ledger
 from espalier.report import Report
-from espalier.run import CHANGES, FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, require_whole, stored_recipe
+from espalier.run import CHANGES, FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, require_whole, stored_recipe, why
 from espalier.spec import ModelSpec
 
 NAMES = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time", "usd": "Money", "kwh": "Energy"}
@@ -184,6 +184,8 @@ class Story:
         if self.expected and self.results:
             yield self.against_expectation()
         yield from self.changed()
+        if ended := why(self.folder):
+            yield f"The run {ended}."
         yield from self.guarded()
         for line in self.metrics:
             if "planned_anew" in line:

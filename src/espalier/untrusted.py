@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # Configs are kilobytes; the largest, with every added token, some megabytes.
 MAX_JSON_BYTES = 64 * 2**20
 
+# A longer line of a file of rows isn't read: what is done with it takes some times its bytes.
+MAX_ROW_BYTES = 16 * 2**20
+PIECE = 64 * 2**10
+
 # What transformers reads beside the weights, if it is there.
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 TOKENS = ("special_tokens_map.json", "added_tokens.json")
@@ -101,7 +105,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def json_object(line: bytes) -> dict[str, Any]:
+def lines(path: Path, most: int = MAX_ROW_BYTES) -> Iterator[bytearray | None]:
+    """A file's lines with their ends, parted at newline bytes alone; None for one of more than `most` bytes.
+
+    Lines are read in pieces, and of one that is too long the rest is let go of: no more than `most` is ever held.
+    """
+    with path.open("rb") as file:
+        while piece := file.readline(PIECE):
+            line = bytearray(piece)
+            while not piece.endswith(b"\n") and (piece := file.readline(PIECE)):
+                if len(line) <= most:
+                    line += piece
+            yield line if len(line) <= most else None
+
+
+def json_object(line: bytes | bytearray) -> dict[str, Any]:
     """The row that a line holds; `ValueError` says in a few words why it holds none.
 
     A key that is stated twice makes it none: which of both is meant can't be told.

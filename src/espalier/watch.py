@@ -4,6 +4,15 @@ A thread beside each rank's work posts once in a while where the work is. The le
 answers; the others see by its answers that it lives. Whoever is gone, silent, or further behind than its phase may
 last is named by the verdict, which every rank raises, or ends with where its work is stuck. The posts have connections
 of their own, since the work may be stuck in a collective of torch's.
+
+How long a phase may last without a sign of progress from any rank:
+
+    arithmetic         the deadline (a minute), or 20 times as long as it ever did before
+    that reads         `DISK` at least: posts show that the process lives, and a disk may be silent while its server
+                       starts anew; what it took before says nothing, since it was in memory
+    first of its kind  `FIRST`: it may be compiled
+    beside the steps   `FIRST`, and on top what its bytes take on a slow disk (`moving`)
+    preparing data     as long as torch lets one rank wait for another: nobody knows how long it takes
 """
 
 from __future__ import annotations
@@ -12,6 +21,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import selectors
 import signal
@@ -19,7 +29,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +43,9 @@ if TYPE_CHECKING:
 
 DEADLINE = 60.0  # seconds
 TIMES = 20.0  # a phase may last so many times as long as it ever did before
+DISK = 600.0  # seconds in which a network disk whose server failed is back
+FIRST = 1800.0  # seconds
+SLOW_DISK = 50e6  # bytes a second, of all ranks together
 SETTLE = 0.3  # seconds in which signs of one fault reach the leader: the death of a rank breaks connections of others
 SOON = 0.05  # seconds between the signs of one fault, from one rank and another
 GRACE = 0.7  # seconds in which the work may end by itself
@@ -41,22 +55,27 @@ Message = dict[str, Any]
 E = TypeVar("E", bound=BaseException)
 
 
-def at(step: int, phase: str) -> None:
+def at(step: int, phase: str, *, least: float = 0.0) -> None:
     """The work begins `phase` of `step`. Every rank says so at the same places; by itself, a process says it to nobody.
 
-    A phase that lasts longer than the deadline, and than 20 times the longest before, is taken to hang. One that is
-    new since the last `anew` may last as long as torch lets one rank wait for another.
+    A phase that lasts longer than the deadline, than `least` seconds and than 20 times the longest before is taken to
+    hang; one that is new since the last `anew`, if it lasts longer than `FIRST`.
     """
     if _current:
-        _current.at(step, phase)
+        _current.at(step, phase, least)
 
 
-def beside(step: int, phase: str) -> None:
+def beside(step: int, phase: str, *, more: float = 0.0) -> None:
     """The work begins something beside the steps, such as a save, whose like may have been much shorter before: it may
-    last as long as torch lets one rank wait for another.
+    last `FIRST`, and `more` seconds.
     """
     if _current:
-        _current.beside(step, phase)
+        _current.beside(step, phase, more)
+
+
+def moving(size: float) -> float:
+    """Seconds in which so many bytes are written to a slow disk, or read from one."""
+    return size / SLOW_DISK
 
 
 def anew() -> None:
@@ -66,8 +85,27 @@ def anew() -> None:
 
 
 def blamed(error: Exception) -> Exception:
-    """What the ranks say of the one at fault, if `error` is torch's for not reaching another; else `error`."""
+    """What the ranks say of the one at fault, if that has ended the work or `error` is torch's for not reaching another
+    rank; else `error`.
+    """
     return _current.blamed(error) if _current else error
+
+
+def last_word(tell: Callable[[Exception], None]) -> None:
+    """Have `tell` called with the error, in another thread, before a process is ended whose work is stuck."""
+    if _current:
+        _current.last_word = tell
+
+
+def metered(read: Callable[[], float]) -> None:
+    """Have a meter of this rank's read with every post."""
+    if _current:
+        _current.meter = read
+
+
+def readings() -> float:
+    """The sum of what the other ranks' meters showed when they were last heard, a second ago or so; on the leader."""
+    return _current.readings() if isinstance(_current, _Leader) else 0.0
 
 
 @contextlib.contextmanager
@@ -116,7 +154,7 @@ class Seen:
     heard    when it last gave a sign of life, by the leader's clock
     moved    when its work was last seen to go on
     failed   its own error
-    astray   whether it can't reach some other rank
+    astray   torch's error for not reaching some other rank
     gone     whether its process ended without a word
     """
 
@@ -128,7 +166,7 @@ class Seen:
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
     failed: Message | None = None
-    astray: bool = False
+    astray: str = ""
     gone: bool = False
 
     @property
@@ -170,6 +208,19 @@ class _Line:
         except (ValueError, TypeError, RecursionError):
             return None  # no rank writes so
 
+    def say_no_more(self) -> None:
+        with contextlib.suppress(OSError):  # the other end may be gone
+            self.connection.shutdown(socket.SHUT_WR)
+
+    def hear_out(self, seconds: float) -> None:
+        """Read until the other end says no more either: what closes with something unread takes its last words back."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            while (left := end - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(2**16):
+                    return
+
 
 class _Watch:
     """The thread beside the work of one rank."""
@@ -179,25 +230,28 @@ class _Watch:
         self.period = min(1.0, deadline / 10)
         self.lasted: dict[str, float] = {}
         self._work, self._since = threading.get_ident(), time.monotonic()
-        self._place: Message = {"step": 0, "phase": "starting", "moves": 0, "limit": patience}
+        self._place: Message = {"step": 0, "phase": "starting", "moves": 0, "limit": min(FIRST, patience)}
         self._verdict: Verdict | None = None
         self._judged, self._left = threading.Event(), threading.Event()
         self._error: Message | None = None
-        self._astray = False
+        self._astray = ""
+        self.last_word: Callable[[Exception], None] = _nothing
+        self.meter: Callable[[], float] | None = None
+        self._reading = 0.0
         self._bell, ring = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(ring, selectors.EVENT_READ)
         self._open = [self._bell, ring]
         self._thread = threading.Thread(target=self._watch, name="espalier-watch", daemon=True)
 
-    def at(self, step: int, phase: str) -> None:
+    def at(self, step: int, phase: str, least: float) -> None:
         self._note()
         known = self.lasted.get(phase)
-        self._enter(step, phase, self.patience if known is None else max(self.deadline, TIMES * known))
+        self._enter(step, phase, FIRST if known is None else max(self.deadline, least, TIMES * known))
 
-    def beside(self, step: int, phase: str) -> None:
+    def beside(self, step: int, phase: str, more: float) -> None:
         self._note()
-        self._enter(step, phase, self.patience)
+        self._enter(step, phase, FIRST + more)
 
     def _note(self) -> None:
         """How long the phase lasted that now ends."""
@@ -206,15 +260,19 @@ class _Watch:
         self._since = now
 
     def _enter(self, step: int, phase: str, limit: float) -> None:
-        self._place = {"step": step, "phase": phase, "moves": self._place["moves"] + 1, "limit": limit}
+        moves = self._place["moves"] + 1
+        self._place = {"step": step, "phase": phase, "moves": moves, "limit": min(limit, self.patience)}
 
     def blamed(self, error: E) -> E | Exception:
-        """What ended the work, if `error` says no more than that another rank can't be reached; else `error`."""
-        if not _is_lost_contact(error):
+        """What ended the work: the verdict, if there is one, and it is waited for if `error` says no more than that
+        another rank can't be reached; else `error`.
+        """
+        if not isinstance(error, Exception):
             return error
-        self._astray = True
-        self._ring()
-        self._judged.wait(self.deadline + 2 * SETTLE)
+        if _is_lost_contact(error):
+            self._astray = f"{type(error).__name__}: {error}"
+            self._ring()
+            self._judged.wait(self.deadline + 2 * SETTLE)
         return self._verdict.error() if self._verdict else error
 
     def end(self, error: BaseException | None = None) -> None:
@@ -230,7 +288,10 @@ class _Watch:
             self._bell.send(b"!")
 
     def _post(self) -> Message:
-        return {**self._place, "collectives": _collectives(), "line": _line_of(self._work)}
+        if self.meter:
+            with contextlib.suppress(Exception):  # a meter that fails shows what it last did; the rank lives
+                self._reading = self.meter()
+        return {**self._place, "collectives": _collectives(), "line": _line_of(self._work), "meter": self._reading}
 
     def _watch(self) -> None:
         """Look, until the work has ended or a verdict ends it."""
@@ -238,6 +299,8 @@ class _Watch:
             verdict = self._look()
             if verdict:
                 self._carry_out(verdict)
+            else:
+                self._part()
         finally:
             self._judged.set()
             self._selector.close()
@@ -256,8 +319,35 @@ class _Watch:
         self._judged.set()
         for pid in verdict.kill:
             _kill_sibling(pid, verdict.host)
-        if not self._left.wait(GRACE if isinstance(error, RankError) else self.deadline):
-            _exit(error)
+        end = time.monotonic() + (GRACE if isinstance(error, RankError) else self.deadline)
+        self._part()
+        if not self._left.wait(end - time.monotonic()):
+            self._exit(error)
+
+    def _part(self) -> None:
+        """End the connections so that what was said last is heard."""
+        for line in self._lines():
+            line.say_no_more()
+        end = time.monotonic() + SETTLE
+        for line in self._lines():
+            line.hear_out(end - time.monotonic())
+
+    def _lines(self) -> list[_Line]:
+        raise NotImplementedError
+
+    def _exit(self, error: Exception) -> None:
+        """End this process, whose work is stuck; if even telling so hangs, without telling."""
+        code = torchrun.ended(error.exit_code if isinstance(error, errors.UserError) else 1)
+        last = threading.Timer(GRACE, os._exit, (code,))
+        last.daemon = True
+        last.start()
+        lines = error.lines() if isinstance(error, errors.UserError) else [("", str(error))]
+        print("\n".join(f"{label:>9}  {text}" for label, text in lines), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        stack = "".join(traceback.format_stack(sys._current_frames()[self._work]))
+        logging.getLogger("espalier").error("%s\nThe work of rank %d was stuck at\n%s", error, self.rank, stack)
+        self.last_word(error)
+        os._exit(code)
 
 
 class _Leader(_Watch):
@@ -271,6 +361,7 @@ class _Leader(_Watch):
         self._open.append(server)
         self._server = server
         self._first_sign: float | None = None
+        self._meters: dict[int, float] = {}
 
     def _look(self) -> Verdict | None:
         told = 0.0
@@ -288,8 +379,19 @@ class _Leader(_Watch):
             if verdict := self._judge():
                 self._tell({"verdict": vars(verdict)})
                 return verdict
-        self._tell({"verdict": vars(Verdict(self._error, by=0))} if self._error else {"ends": 0})
+        if self._error:
+            self.seen[0].failed, self.seen[0].heard = self._error, time.monotonic()
+            self._tell({"verdict": vars(self._first_failed())})
+        else:
+            self._tell({"ends": 0})
         return None
+
+    def _lines(self) -> list[_Line]:
+        return [seen.line for seen in self.seen.values() if seen.line and not seen.gone]
+
+    def readings(self) -> float:
+        """The sum of the other ranks' meters, those that have ended among them."""
+        return sum(list(self._meters.values()))
 
     def _tell(self, message: Message) -> None:
         for seen in self.seen.values():
@@ -320,12 +422,14 @@ class _Leader(_Watch):
             elif "post" in message:
                 seen.take(message["post"])
                 seen.astray = message["astray"]
+                self._meters[seen.rank] = message["post"]["meter"]
             elif message["ends"]:
                 seen.failed, seen.heard = message["ends"], time.monotonic()
             else:
                 del self.seen[seen.rank]
         if messages is None:
             self._selector.unregister(line.connection)
+            line.say_no_more()
             if seen and seen.rank in self.seen and not seen.failed:
                 seen.gone, seen.heard = True, time.monotonic()
 
@@ -341,18 +445,35 @@ class _Leader(_Watch):
             # Who starts the ranks kills them when one has failed; an error may be of a connection to a dead one.
             if gone and all(gone[0].heard < seen.heard + SOON for seen in failed):
                 return _gone(gone, self.seen[0].post)
-            if failed:
-                return Verdict(failed[0].failed or {}, by=failed[0].rank)
-            # All live, and some can't reach another: who doesn't say so, and is furthest behind, holds them up.
-            others = [seen for seen in all_seen if not seen.astray] or all_seen
-            return _behind(_last(others), "no progress", "each to get as far as the others")
+            return self._first_failed() if failed else self._unreached(now - self._first_sign)
         if silent := [seen for seen in all_seen if now - seen.heard > self.deadline]:
             return _silent(silent, self.seen[0].post, now - min(seen.heard for seen in silent), self.deadline)
         last, standing = _last(all_seen), now - max(seen.moved for seen in all_seen)
         limit = max(seen.post["limit"] for seen in last)
         if standing > limit and len(all_seen) == self.size:
-            return _behind(last, f"no progress for {standing:.0f} s", f"the next phase within {limit:.0f} s")
+            phase = last[0].post["phase"]
+            return _behind(last, f"no progress for {standing:.0f} s", f"an end of {phase} within {limit:.0f} s")
         return None
+
+    def _first_failed(self) -> Verdict:
+        """The error of the rank that failed first; those of others may come of it."""
+        first = min((seen for seen in self.seen.values() if seen.failed), key=lambda seen: seen.heard)
+        return Verdict(first.failed or {}, by=first.rank)
+
+    def _unreached(self, seconds: float) -> Verdict | None:
+        """All live and none has failed, but for `seconds` some can't reach another. Who is furthest behind, by posts
+        that are newer, holds them up; if that is who can't reach the others, the fault is its own or its network's.
+        """
+        all_seen = list(self.seen.values())
+        quiet = [seen for seen in all_seen if seen.heard < (self._first_sign or 0.0)]
+        if quiet and seconds < 10 * self.period:
+            return None
+        if quiet:
+            return _silent(quiet, self.seen[0].post, seconds, 10 * self.period)
+        last = _last(all_seen)
+        if astray := [seen for seen in last if seen.astray]:
+            return _cut_off(astray)
+        return _behind(last, "no progress", "each to get as far as the others")
 
 
 class _Follower(_Watch):
@@ -374,7 +495,7 @@ class _Follower(_Watch):
                     continue
                 messages = self.line.read()
                 if messages is None:
-                    return _gone([self.leader], self._post())
+                    return self._without_leader()
                 self.leader.heard = time.monotonic()
                 for message in messages:
                     if "verdict" in message:
@@ -383,12 +504,22 @@ class _Follower(_Watch):
                         return None
             now = time.monotonic()
             if now - self.leader.heard > self.deadline:
-                return _silent([self.leader], self._post(), now - self.leader.heard, self.deadline)
+                return self._without_leader()
             if now - posted >= self.period:
                 posted = now
                 self.line.send({"post": self._post(), "astray": self._astray})
         self.line.send({"ends": self._error})
         return None
+
+    def _without_leader(self) -> Verdict:
+        """It is gone; or silent, and maybe killed for that by a rank that was a moment earlier to see it."""
+        silence = time.monotonic() - self.leader.heard
+        if silence > self.deadline / 2:
+            return _silent([self.leader], self._post(), silence, self.deadline)
+        return _gone([self.leader], self._post())
+
+    def _lines(self) -> list[_Line]:
+        return [self.line]
 
 
 def _met(world: World, deadline: float, patience: float) -> _Watch:
@@ -474,6 +605,16 @@ def _behind(seen: list[Seen], found: str, expected: str) -> Verdict:
     return _lost(seen, found=f"{found} at {_place(seen[0].post)}", expected=expected, mend=_AGAIN)
 
 
+def _cut_off(seen: list[Seen]) -> Verdict:
+    return _lost(
+        seen,
+        found=f"an error of this rank alone at {_place(seen[0].post)}, while all live and none is further behind: "
+        f"{seen[0].astray}",
+        expected="a network and a device by which it reaches the others",
+        mend=_AGAIN,
+    )
+
+
 def _lost(seen: list[Seen], *, kill: tuple[int, ...] = (), host: str = "", **parts: str) -> Verdict:
     more = f" and {len(seen) - 4} more" if len(seen) > 4 else ""
     error = RankError(", ".join(each.who() for each in seen[:4]) + more, **parts)
@@ -495,11 +636,26 @@ def _collectives() -> int:
     return sum(backend._get_sequence_number_for_group() for backend in backends)  # type: ignore[attr-defined]
 
 
+# How gloo's errors of a connection begin; those of wrong sizes begin otherwise, and of memory are none of gloo's.
+GLOO = re.compile(r"\[\S*gloo/\S+:\d+\] ")
+# What NCCL, and torch's own watch over it, say where a rank isn't reached; of this rank's device and memory they don't.
+NCCL = re.compile(
+    r"ncclRemoteError|[Tt]im(ed|ing) out|[Tt]imeout|[Cc]onnection (closed|refused|reset)|Broken pipe|No route to host"
+    r"|unreachable|completion from peer"
+)
+
+
 def _is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says no more than that another rank can't be reached."""
+    """Whether an error says no more than that another rank can't be reached.
+
+    An error of this rank's own, such as of its memory, may be raised in a collective too, and under the same class.
+    """
     from torch import distributed
 
-    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    if isinstance(error, distributed.DistBackendError):
+        return NCCL.search(str(error)) is not None
+    lost = isinstance(error, distributed.DistNetworkError | distributed.DistStoreError)
+    return lost or (isinstance(error, RuntimeError) and GLOO.search(str(error)) is not None)
 
 
 def _line_of(thread: int) -> str:
@@ -519,6 +675,10 @@ def _interrupted(error: BaseException) -> RankError:
     )
 
 
+def _nothing(error: Exception) -> None:
+    """What is told where nobody has to be."""
+
+
 def _kill_sibling(pid: int, host: str) -> None:
     """Kill a stopped rank of this machine: of the processes with this one's parent, which are all about to end."""
     import psutil
@@ -526,19 +686,6 @@ def _kill_sibling(pid: int, host: str) -> None:
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         if host == socket.gethostname() and pid != os.getpid() and psutil.Process(pid).ppid() == os.getppid():
             os.kill(pid, signal.SIGKILL)
-
-
-def _exit(error: Exception) -> None:
-    """End this process, whose work is stuck; if even telling so hangs, without telling."""
-    code = torchrun.ended(error.exit_code if isinstance(error, errors.UserError) else 1)
-    last = threading.Timer(GRACE, os._exit, (code,))
-    last.daemon = True
-    last.start()
-    logging.getLogger("espalier").error("%s", error)
-    lines = error.lines() if isinstance(error, errors.UserError) else [("", str(error))]
-    print("\n".join(f"{label:>9}  {text}" for label, text in lines), file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
 
 
 _current: _Watch | None = None

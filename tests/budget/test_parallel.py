@@ -92,6 +92,17 @@ def test_what_data_ranks_divide_adds_up_to_what_one_holds(layout, how, tied):
         assert (part.gathered > 0) == (layout.sharding == "full")
 
 
+@pytest.mark.parametrize("passes, sets", [(1, 1), (2, 1), (3, 2), (4, 2), (6, 2), (8, 3), (16, 4)])
+def test_a_rank_that_adds_in_pairs_holds_its_part_of_what_waits(passes, sets):
+    spec, layout = small(), Layout(data=4, sharding="full")
+    one = parallel.Update(rows=4 * passes, micro_rows=1, sequence_length=40)
+    running, pairs = (
+        parallel.rank_memory(spec, layout, dataclasses.replace(one, accumulate=how)) for how in ("running", "pairs")
+    )
+    assert pairs.gradients == sets * running.gradients
+    assert dataclasses.replace(pairs, gradients=running.gradients) == running
+
+
 @settings(deadline=None)
 @given(layouts, st.booleans(), st.sampled_from([{}, MIXTURE]))
 def test_stages_and_tensor_ranks_hold_every_parameter(layout, tied, family):

@@ -124,3 +124,25 @@ def test_a_dataset_folder_is_read_at_its_train_split(folder, tmp_path):
         Dataset(path, "text", {"train": 2, "validation": 1}, {"train": 6, "validation": 3}).save_card(inside)
     assert (path / CARD).exists()
     assert count(path, folder, 10).rows == 2
+
+
+def test_a_parquet_file_that_breaks_off_is_refused_with_what_could_be_read(folder, tmp_path):
+    path = tmp_path / "rows.parquet"
+    plain = {"use_dictionary": False, "write_page_checksum": True}
+    table = pyarrow.Table.from_pylist([{"text": f"row {number}"} for number in range(20)])
+    pyarrow.parquet.write_table(table, path, row_group_size=10, compression="none", **plain)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"row 15", b"row 16"))
+    with pytest.raises(DataError, match=r"damaged Parquet .* 10 rows could be read"):
+        count(path, folder, 64)
+    path.write_bytes(content[:40])
+    with pytest.raises(DataError, match=r"damaged Parquet .* 0 rows could be read"):
+        count(path, folder, 64)
+
+
+def test_a_line_that_is_too_long_is_refused_by_its_number(folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "' + "x" * (17 * 2**20) + '"}\n')
+    with pytest.raises(DataError, match="longer than 16 MiB") as refused:
+        count(path, folder, 64)
+    assert refused.value.where == f"{path}:2"

@@ -189,3 +189,22 @@ def test_a_folder_that_cannot_be_made_is_refused(make, tmp_path):
     (tmp_path / "tokens").write_text("in the way")
     with pytest.raises(ResourceError, match="tokens"):
         make()
+
+
+def test_no_flipped_bit_of_the_list_of_shards_goes_unnoticed(make):
+    tokens = make()
+    card = tokens.path / module.CARD
+    content = card.read_bytes()
+    for place in range(len(content)):  # one bit of each byte; all eight were tried once
+        card.write_bytes(content[:place] + bytes([content[place] ^ 1 << place * 3 % 8]) + content[place + 1 :])
+        with pytest.raises(DataError):
+            Tokens.open(tokens.path).verify()
+
+
+@pytest.mark.parametrize("changed", [{"eos_id": 7}, {"dtype": ">u2"}, {"dtype": "<u4"}, {"tokens": 0}, {"more": 1}])
+def test_a_list_of_shards_that_says_something_else_than_the_shards_is_no_list_of_them(make, changed):
+    tokens = make()
+    card = json.loads((tokens.path / module.CARD).read_text())
+    files.write_json(tokens.path / module.CARD, card | changed)
+    with pytest.raises(DataError):
+        Tokens.open(tokens.path).verify()

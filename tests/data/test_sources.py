@@ -186,7 +186,7 @@ def test_a_bad_file_of_a_folder_is_quarantined_and_its_neighbours_stay(tmp_path,
     write(tmp_path / "c.md", "good")
     write(tmp_path / "d.parquet", b"PAR1 but not really PAR1")
     write(tmp_path / "e.arrow", b"nor is this Arrow")
-    quarantine = Quarantine()
+    quarantine = Quarantine("quarantine")
     assert texts(tmp_path, quarantine) == ["good"]
     names = [Path(origin).name for origin, _ in quarantine.first]
     assert names == ["a.md byte 0", "b.md", "d.parquet", "e.arrow"]
@@ -383,6 +383,69 @@ def test_rows_that_are_far_too_long_are_refused_before_they_are_unpacked(tmp_pat
         texts(tmp_path / "rows.parquet")
 
 
+def damaged_parquet(path: Path) -> Path:
+    """Four groups of five rows, with the second group's bytes spoilt."""
+    table = pyarrow.table({"text": [f"row {number}" for number in range(20)]})
+    parquet.write_table(table, path, row_group_size=5, compression="zstd", use_dictionary=False)
+    with parquet.ParquetFile(path) as file:
+        column = file.metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 12] = b"\xff" * 12
+    return write(path, bytes(content))
+
+
+def test_a_parquet_file_that_breaks_off_is_refused_with_what_is_lost(tmp_path):
+    path = damaged_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"damaged Parquet \(.+\): 5 rows could be read of 20; 15 are lost") as refused:
+        texts(path)
+    assert refused.value.where == "rows.parquet" and "bad_files=quarantine" in refused.value.mend
+    quarantine = Quarantine("quarantine")
+    assert texts(path, quarantine) == [f"row {number}" for number in range(5)]
+    assert quarantine.counts == {"damaged Parquet": 15} and "15 are lost" in quarantine.first[0][1]
+
+
+def test_a_flipped_bit_that_parquet_has_a_checksum_of_is_found(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": ["a" * 50, "b" * 50]})
+    parquet.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    write(path, path.read_bytes().replace(b"b" * 50, b"b" * 49 + b"c"))
+    with pytest.raises(DataError, match=r"damaged Parquet .*2 are lost"):
+        texts(path)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.jsonl"])
+def test_a_file_of_rows_that_cannot_be_read_is_no_bad_row(tmp_path, monkeypatch, name):
+    write(tmp_path / "good.md", "good")
+    write(tmp_path / name, b"nothing of the kind")
+    if name == "rows.jsonl":
+        monkeypatch.setattr(sources, "lines", broken_off)
+    with pytest.raises(DataError, match=rf"{name}.*unknown number"):
+        texts(tmp_path)
+    quarantine = Quarantine("quarantine")
+    assert texts(tmp_path, quarantine) == ["good", *(["a"] if name == "rows.jsonl" else [])]
+    assert quarantine.counts.total() == 1
+
+
+def broken_off(path, most):
+    yield bytearray(b'{"text": "a"}\n')
+    raise OSError(5, "Input/output error")
+
+
+def test_the_policy_for_bad_files_reaches_the_reader_from_a_recipe(tmp_path):
+    from espalier.data.prepare import DataRecipe, prepare
+
+    (tmp_path / "texts").mkdir()
+    damaged_parquet(tmp_path / "texts" / "rows.parquet")
+    given = {"sources": str(tmp_path / "texts"), "held_out": 0.3, "bad_rows": 0.9}
+    with pytest.raises(DataError, match="15 are lost"):
+        prepare(DataRecipe.model_validate(given), home=tmp_path, tell=str)
+    told: list[str] = []
+    made = prepare(DataRecipe.model_validate(given | {"bad_files": "quarantine"}), home=tmp_path, tell=told.append)
+    assert sum(made.rows.values()) == 5 and made.dropped == {"damaged Parquet": 15}
+    assert any("15 of 20 rows quarantined" in line for line in told)
+
+
 def test_a_text_that_lies_beyond_its_columns_bytes_is_not_read(tmp_path):
     table = pyarrow.table({"text": ["aa", "bb"]})
     path = tmp_path / "rows.arrow"
@@ -391,5 +454,5 @@ def test_a_text_that_lies_beyond_its_columns_bytes_is_not_read(tmp_path):
     ends = struct.pack("<3i", 0, 2, 4)
     assert texts(path) == ["aa", "bb"] and path.read_bytes().count(ends) == 1
     path.write_bytes(path.read_bytes().replace(ends, struct.pack("<3i", 0, 2, 9)))
-    quarantine = Quarantine()
-    assert texts(path, quarantine) == [] and quarantine.first == [("rows.arrow", "damaged Arrow")]
+    quarantine = Quarantine("quarantine")
+    assert texts(path, quarantine) == [] and quarantine.counts == {"damaged Arrow": 1}

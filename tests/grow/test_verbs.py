@@ -134,7 +134,8 @@ def test_a_wider_model_has_the_multiplier_of_one_that_was_built_so(granite, tmp_
 
 
 def test_a_width_that_its_heads_do_not_follow_is_refused(tmp_path):
-    config = GPT2Config(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    sizes = {"vocab_size": 40, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
     with pytest.raises(ModelError, match=r"48 with 4 heads of 8.*num_attention_heads=6"):
         carry_out("grow.zero_pad", model=tmp_path / "small", out=tmp_path / "large", hidden_size=48)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from espalier import folder
 from espalier.model import build
+from espalier.untrusted import MAX_ROW_BYTES
 
 MAX_PEAK_BYTES = 600 * 2**20
 
@@ -129,3 +130,8 @@ def test_a_reader_that_dies_is_told(tmp_path):
     told = tried(Artefact("planted", "F20", text("x", b""), lambda path: os.kill(os.getpid(), 9), None))
     assert "signal" in told.ended and json.dumps(told.seen) == "[]"
     assert canary(tmp_path / "x") == tmp_path / hostile.CANARY
+
+
+def test_a_line_far_beyond_the_longest_row_takes_no_more_than_two_of_them():
+    long, clean = (tried(hostile.named(name)) for name in ("a line of 200 MB", "clean rows"))
+    assert long.peak_bytes - clean.peak_bytes <= 2 * MAX_ROW_BYTES

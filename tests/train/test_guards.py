@@ -3,8 +3,13 @@
 import errno
 import json
 import math
+import os
 import random
+import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -387,6 +392,44 @@ def test_what_passing_over_does_not_change_is_not_written_again(begin, keep, mon
         assert (file.read_bytes() == content) == (file not in changed)
         assert (file.stat().st_ino == number) == (links and file not in changed)
         assert file.stat().st_nlink == 1
+
+
+def test_a_kill_at_any_file_call_of_a_rewind_leaves_what_can_be_taken_up(begin, keep, tmp_path):
+    state = begin()
+    for step in (3, 6):
+        state.progress = Progress(step=step, samples=4 * step)
+        keep(state)
+    original = shutil.copytree(tmp_path, tmp_path.with_name("original"))
+    reached, calls = set(), 0
+    while killed(calls, lambda: pass_over(tmp_path / "checkpoint-3", Guards(), 20, 24)):
+        files.remove_partials(tmp_path)
+        path = newest(tmp_path, print)
+        progress = json.loads((path / "trainer/progress.json").read_text())
+        reached.add((path.name, progress["guards"]["rewinds"]))
+        assert files.damage(tmp_path / "checkpoint-3") is None and not list(tmp_path.glob(".*checkpoint*"))
+        shutil.rmtree(tmp_path)
+        shutil.copytree(original, tmp_path)
+        calls += 1
+    assert calls > 20 and reached == {("checkpoint-6", 0), ("checkpoint-3", 1)}
+
+
+def killed(after: int, work: Callable[[], object]) -> bool:
+    """Whether a process was killed that did `work` and had made so many calls that change a folder."""
+    names = ("link", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
+    pid = os.fork()
+    if not pid:
+        left = iter(range(after))
+
+        def counted(call, *arguments, **more):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **more)
+
+        for name in names:
+            setattr(os, name, partial(counted, getattr(os, name)))
+        work()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize("size", [2, 4])

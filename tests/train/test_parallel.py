@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
+from espalier.budget.memory import sets_held
 from espalier.errors import RecipeError, ResourceError
 from espalier.folder import ModelFolder
 from espalier.train import checkpoint
@@ -303,12 +304,13 @@ def test_every_rank_makes_as_many_passes(rows, most, size):
 def test_pairs_are_added_as_a_tree_of_their_number(count):
     weight = torch.nn.Parameter(torch.zeros(()))
     values = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    pairs = Pairs([weight])
+    pairs, waiting = Pairs([weight]), 0
     for number, value in enumerate(values):
         (weight * value).backward()
+        waiting = max(waiting, len(pairs._held))
         pairs.add(last=number == count - 1)
-        assert len(pairs._held) <= max(count.bit_length() - 1, 0)
     assert weight.grad == tree(values.tolist())
+    assert waiting == sets_held(count, "pairs"), "what the memory of an update is priced by"
 
 
 @given(st.integers(1, 20))

@@ -92,6 +92,9 @@ class Hardware:
         )
 
 
+CHECKED = TypeAdapter(Hardware)  # made once: it takes milliseconds
+
+
 class Grid(Recipe):
     """A region's electricity."""
 
@@ -341,7 +344,7 @@ def _stated(row: dict[str, Any], own: dict[str, Any], home: Path, place: str) ->
     """A row with the user's figures put over it, checked; their source is the user's file."""
     sources = row["sources"] | dict.fromkeys(own, f"stated in {home / OWN}") | own.get("sources", {})
     try:
-        return TypeAdapter(Hardware).validate_python({**row, **own, "sources": sources})
+        return CHECKED.validate_python({**row, **own, "sources": sources})
     except ValidationError as error:
         complaint = error.errors()[0]
         unknown, missing = (complaint["type"] == kind for kind in ("unexpected_keyword_argument", "missing"))
@@ -358,7 +361,7 @@ def _remembered(home: Path, machine: dict[str, Any]) -> Hardware | None:
     """The last benchmark, if it was of this machine and can be read."""
     try:
         kept = records.parse((home / REMEMBERED).read_text(encoding="utf-8"), REMEMBERED)
-        return TypeAdapter(Hardware).validate_python(kept["hardware"]) if kept["machine"] == machine else None
+        return CHECKED.validate_python(kept["hardware"]) if kept["machine"] == machine else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -82,9 +82,8 @@ def training_memory(
     casts = SIZE["bfloat16"] * layer_matrices(spec) * autocast
     casts_later = casts if recompute == "none" else casts // spec.num_hidden_layers
 
-    # Of gradients there is one set before a later pass; added in pairs, pairs of pairs and so on, one for every level.
-    levels = ((passes + 1) // 2).bit_length() - 1 if accumulate == "pairs" else 0
-    before = masters * ((passes > 1) + levels)
+    # Of gradients there is one set before a later pass.
+    before = masters * ((passes > 1) + sets_held(passes, accumulate))
     kept = tokens * activation_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)
     layer = tokens * layer_bytes_per_token(spec, sequence_length, compute, attention, compile=compile)
     again = layer - tokens * layer_bytes_per_token(spec, sequence_length, compute, attention, recompute, compile)
@@ -112,6 +111,13 @@ def training_memory(
         Memory(masters, masters, state, 0, matrix),
     ]
     return max(moments, key=lambda moment: moment.total)
+
+
+def sets_held(passes: int, accumulate: Accumulate) -> int:
+    """Sets of gradients that wait for others beside the one that is being added to: in pairs, pairs of pairs and so on
+    one for every level.
+    """
+    return ((passes + 1) // 2).bit_length() - 1 if accumulate == "pairs" else 0
 
 
 def activation_bytes_per_token(

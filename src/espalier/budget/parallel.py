@@ -25,7 +25,15 @@ from pydantic import Field
 
 from espalier.budget.flops import Operator, is_expert, operators, training_flops
 from espalier.budget.hardware import Hardware
-from espalier.budget.memory import SIZE, Dtype, Recompute, head_bytes_per_token, layer_bytes_per_token
+from espalier.budget.memory import (
+    SIZE,
+    Accumulate,
+    Dtype,
+    Recompute,
+    head_bytes_per_token,
+    layer_bytes_per_token,
+    sets_held,
+)
 from espalier.errors import RecipeError
 from espalier.recipe import Recipe
 from espalier.spec import ModelSpec
@@ -66,13 +74,16 @@ class Links(Recipe):
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step is made from: `rows` sequences in all, which a data rank takes `micro_rows` at a time."""
+    """What one optimizer step is made from: `rows` sequences in all, which a data rank takes `micro_rows` at a time,
+    adding up their gradients.
+    """
 
     rows: int
     micro_rows: int
     sequence_length: int
     compute: Dtype = "bfloat16"
     recompute: Recompute = "none"
+    accumulate: Accumulate = "running"
 
     @property
     def tokens(self) -> int:
@@ -89,7 +100,7 @@ class RankMemory:
     """Bytes of one rank when it holds most.
 
     weights      in the compute dtype; under full sharding this rank's part of the float32 masters
-    gradients    float32
+    gradients    float32; added in pairs, a set more for each that waits for another
     optimizer    AdamW's two float32 moments; under bfloat16 the float32 masters of the weights too
     gathered     under full sharding: embedding and head, two layers' weights (one at work, the next on its way), one
                  layer's gradients, all whole
@@ -167,9 +178,10 @@ def stage_memory(spec: ModelSpec, layout: Layout, update: Update, stage: int) ->
     part = held.sharded(layout)
     shards = {"none": 0, "zero1": 1, "zero2": 2, "full": 3}[layout.sharding]
     activations, logits = _activations(spec, layout, update, stage)
+    sets = 1 + sets_held(update.micro_batches(layout), update.accumulate)
     return RankMemory(
         weights=MASTER * part if shards == 3 else size * held.total,
-        gradients=GRADIENT * (part if shards >= 2 else held.total),
+        gradients=GRADIENT * sets * (part if shards >= 2 else held.total),
         optimizer=(MOMENTS + (0 if shards == 3 else master)) * (part if shards >= 1 else held.total),
         gathered=size * (ends.total + 3 * layer.total) if shards == 3 else 0,
         activations=activations,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from espalier.dataset import CARD, KINDS, Dataset, kind_of
 from espalier.errors import DataError, ModelError
-from espalier.untrusted import json_object, load_tokenizer
+from espalier.template import Template
+from espalier.untrusted import MAX_ROW_BYTES, json_object, lines, load_tokenizer
 
 TAUGHT = ("text", "messages", "prompt_completion")  # the kinds of row that supervised fine-tuning takes
 SUFFIXES = (".jsonl", ".parquet")
@@ -46,23 +48,24 @@ def count(data: Path, tokenizer: Path, sequence_length: int) -> Counted:
 def _lengths(data: Path, tokenizer: Path) -> Iterator[int]:
     """Tokens of each row."""
     encode, chat = _encoder(tokenizer), None
-    for where, row in _rows(data):
-        kind = kind_of(row)
-        if kind not in TAUGHT:
-            raise DataError(
-                where,
-                found=f"the columns {', '.join(row) or 'of nothing'}",
-                expected="text, messages, or prompt and completion",
-                mend="Rename the columns; preferences are for another method than fine-tuning on what is written.",
-            )
-        values = [row[column] for column in KINDS[kind]]
-        if kind == "messages":
-            chat = chat or _chat(tokenizer)
-            yield chat(values[0], where)
-        elif all(isinstance(value, str) for value in values):
-            yield encode("".join(values)) + 1
-        else:
-            raise DataError(where, found="a value that is no string", expected="text", mend="Correct the row.")
+    with contextlib.ExitStack() as stack:
+        for where, row in _rows(data):
+            kind = kind_of(row)
+            if kind not in TAUGHT:
+                raise DataError(
+                    where,
+                    found=f"the columns {', '.join(row) or 'of nothing'}",
+                    expected="text, messages, or prompt and completion",
+                    mend="Rename the columns; preferences are for another method than fine-tuning on what is written.",
+                )
+            values = [row[column] for column in KINDS[kind]]
+            if kind == "messages":
+                chat = chat or stack.enter_context(_chat(tokenizer))
+                yield chat(values[0], where)
+            elif all(isinstance(value, str) for value in values):
+                yield encode("".join(values)) + 1
+            else:
+                raise DataError(where, found="a value that is no string", expected="text", mend="Correct the row.")
 
 
 def _rows(data: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,21 +79,38 @@ def _rows(data: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             mend="Name such a file, or state rows= and tokens=.",
         )
     if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        batches = parquet.ParquetFile(path).iter_batches(256)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
+        yield from _parquet_rows(path)
         return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            if line.strip():
-                yield where, _object(line, where)
+    for number, line in enumerate(lines(path), start=1):
+        where = f"{path}:{number}"
+        if line is None or not line.isspace():
+            yield where, _object(line, where)
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    from pyarrow import ArrowException, parquet
+
+    number = 0
     try:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        groups = range(file.metadata.num_row_groups)
+        for batch in (batch for group in groups for batch in file.iter_batches(256, row_groups=[group])):
+            for row in batch.to_pylist():
+                yield f"{path}: row {number}", row
+                number += 1
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            str(path),
+            found=f"damaged Parquet ({' '.join(str(error).split())[:200]}): {number} rows could be read",
+            expected="a whole file",
+            mend="Restore the file.",
+        ) from None
+
+
+def _object(line: bytearray | None, where: str) -> dict[str, Any]:
+    try:
+        if line is None:
+            raise ValueError(f"longer than {MAX_ROW_BYTES // 2**20} MiB")
         return json_object(line)
     except ValueError as error:
         raise DataError(
@@ -116,7 +136,8 @@ def _encoder(folder: Path) -> Callable[[str], int]:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _chat(folder: Path) -> Callable[[Any, str], int]:
+@contextlib.contextmanager
+def _chat(folder: Path) -> Iterator[Callable[[Any, str], int]]:
     """A function from messages (and where they are) to the number of tokens that the chat template makes of them."""
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
@@ -129,13 +150,15 @@ def _chat(folder: Path) -> Callable[[Any, str], int]:
 
     def length(messages: Any, where: str) -> int:
         try:
-            return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-        except Exception as error:  # templates raise what they like
+            text = template.write(messages, prompt=False)
+        except (ValueError, TypeError) as error:
             raise DataError(
                 f"{where}: messages",
-                found=str(error) or type(error).__name__,
+                found=str(error),
                 expected="a list of role and content",
                 mend="Correct the row.",
             ) from None
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    return length
+    with contextlib.closing(Template(tokenizer, folder)) as template:
+        yield length

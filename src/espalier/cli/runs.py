@@ -14,7 +14,7 @@ from espalier import errors, records, units
 from espalier.cli.methods import Runs
 from espalier.ledger import Ledger
 from espalier.report import Report
-from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, status
+from espalier.run import FINAL, LEDGER, METRICS, PAGE, PLAN, RECIPE, RESULTS, status, why
 
 Name = Annotated[str, typer.Argument(metavar="RUN", help="name or path of a run folder", show_default=False)]
 
@@ -49,6 +49,8 @@ def show(run: Name, runs: Runs = Path("runs")) -> None:
     from espalier import story
 
     folder = find(run, runs)
+    if ended := why(folder):
+        typer.echo(f"The run {ended}.")
     if (folder / PLAN).exists() or status(folder) != "finished":
         story.tell(folder)
     elif (folder / RESULTS).exists():

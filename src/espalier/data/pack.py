@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from espalier.dataset import Dataset
 from espalier.errors import DataError
 
 CARD = "tokens.json"
+DTYPES = ("<u2", "<u4")
 SHARD_TOKENS = 8_000_000
 # Bytes of text that are encoded at once: enough documents for every core, about 110 bytes of memory for each.
 BATCH_BYTES = 1_000_000
@@ -96,11 +98,18 @@ class Tokens:
                 )
 
     def is_whole(self, shard: Shard) -> bool:
-        path = self.path / shard.name
-        return path.is_file() and files.sha256(path) == shard.sha256
+        """Whether a shard's file is the one that was written, and ends as the card says that documents do."""
+        path, size = self.path / shard.name, np.dtype(self.dtype).itemsize
+        if not path.is_file() or path.stat().st_size != shard.tokens * size or files.sha256(path) != shard.sha256:
+            return False
+        return int(np.memmap(path, self.dtype, mode="r")[-1]) == self.eos_id
 
     def save(self) -> None:
-        card = {
+        records.write(self.path / CARD, self.card())
+
+    def card(self) -> dict[str, Any]:
+        """What `tokens.json` says: the shards, and what they come to together."""
+        return {
             "tokens": len(self),
             "documents": self.documents,
             "bytes": self.bytes,
@@ -109,7 +118,6 @@ class Tokens:
             "complete": self.complete,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        records.write(self.path / CARD, card)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -173,10 +181,12 @@ def _kept(path: Path, tell: Callable[[str], None]) -> Tokens | None:
 
 
 def _read_card(path: Path) -> Tokens | None:
+    """What the card says; None if it can't be read, or isn't the card of what it says."""
     try:
         card = records.parse((path / CARD).read_text(encoding="utf-8"), CARD)
         shards = tuple(Shard(**shard) for shard in card["shards"])
-        return Tokens(path, card["dtype"], card["eos_id"], shards, card["complete"])
+        tokens = Tokens(path, card["dtype"], card["eos_id"], shards, card["complete"])
+        return tokens if tokens.dtype in DTYPES and tokens.card() == card else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

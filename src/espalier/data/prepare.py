@@ -18,7 +18,7 @@ from pydantic import ByteSize, Field, field_validator
 
 from espalier import __version__, files
 from espalier.data.ops.dedup import text_hash, unique
-from espalier.data.sources import ARCHIVE, STDLIB, UNPACK, Document, Quarantine, Source, local_files, read
+from espalier.data.sources import ARCHIVE, STDLIB, UNPACK, BadFiles, Document, Quarantine, Source, local_files, read
 from espalier.dataset import Dataset
 from espalier.errors import DataError
 from espalier.method import method
@@ -40,6 +40,9 @@ class DataRecipe(Recipe):
     held_out: float = Field(default=0.02, gt=0, lt=1, description="share of the documents kept for validation")
     bad_rows: Safe[float] = Field(
         default=0.01, ge=0, le=1, description="share of the rows that may be put aside; with more, the text is refused"
+    )
+    bad_files: Safe[BadFiles] = Field(
+        default="refuse", description="what becomes of the rest of a file of rows in which reading breaks off"
     )
     max_bytes: ByteSize | None = Field(default=None, description="at most so much text, as in 12MB")
     sequence_length: int = Field(default=256, ge=2, description="tokens in a row")
@@ -89,7 +92,8 @@ def prepare(recipe: DataRecipe, *, home: Path, tell: Callable[[str], None]) -> D
 
     Found in `home`/data when it was made before; a damaged copy is made again. `dropped` counts what was left out:
     empty and duplicate documents, and by reason what couldn't be read (the first hundred are in quarantine.jsonl).
-    Raises `DataError` when a source isn't there, more than `bad_rows` couldn't be read, or a split would be empty.
+    Raises `DataError` when a source isn't there or breaks off, more than `bad_rows` couldn't be read, or a split would
+    be empty.
     """
     path = home / "data" / _key(recipe)
     if path.exists():
@@ -121,13 +125,13 @@ def _key(recipe: DataRecipe) -> str:
         for origin, path in local_files(source).items():
             status = path.stat()
             listing.append([origin, str(path.resolve()), status.st_size, status.st_mtime_ns])
-    told = recipe.model_dump(mode="json", include={"sources", "held_out", "bad_rows", "max_bytes"})
+    told = recipe.model_dump(mode="json", include={"sources", "held_out", "bad_rows", "bad_files", "max_bytes"})
     return files.digest([__version__, told, listing])[:16]
 
 
 def _write(recipe: DataRecipe, path: Path, folder: Path, tell: Callable[[str], None]) -> Dataset:
     """Stream the kept documents into `folder`, which will be `path`."""
-    quarantine, dropped, good = Quarantine(), Counter[str](), Counter[str]()
+    quarantine, dropped, good = Quarantine(recipe.bad_files), Counter[str](), Counter[str]()
     read_all = (document for source in recipe.sources for document in _counted(read(source, quarantine), good))
     kept = _at_most(recipe.max_bytes, unique(_not_empty(read_all, dropped), dropped))
     with _Split(folder / f"{TRAIN}.parquet") as train, _Split(folder / f"{VALIDATION}.parquet") as validation:

@@ -17,14 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from espalier.dataset import CARD, Dataset
 from espalier.errors import DataError
 from espalier.recipe import Recipe
-from espalier.untrusted import json_object
+from espalier.untrusted import MAX_ROW_BYTES, json_object, lines
 
 STDLIB = "stdlib"
 HUB = "hub:"
@@ -53,11 +53,12 @@ SPLIT_WORDS = {
 }
 
 # A longer document is quarantined: tokenising takes about 110 bytes of memory for each of its bytes.
-MAX_DOCUMENT_BYTES = 16 * 2**20
+MAX_DOCUMENT_BYTES = MAX_ROW_BYTES
 TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES // 2**20} MiB"
 # Rows in memory at a time, where it isn't known how long each is.
 HELD_BYTES = 16 * MAX_DOCUMENT_BYTES
 ARCHIVE = "archive, not unpacked"
+BadFiles = Literal["refuse", "quarantine"]
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,35 @@ class Document:
 
 @dataclass
 class Quarantine:
-    """What couldn't be read as text: how many by reason, and the first hundred by origin."""
+    """What couldn't be read as text: how many by reason, and the first hundred by origin.
 
+    bad_files  whether a file of rows that breaks off is refused, or its rest put aside as so many rows
+    """
+
+    bad_files: BadFiles = "refuse"
     counts: Counter[str] = field(default_factory=Counter)
     first: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, origin: str, reason: str) -> None:
-        self.counts[reason] += 1
+    def add(self, origin: str, reason: str, *, rows: int = 1, told: str = "") -> None:
+        self.counts[reason] += rows
         if len(self.first) < 100:
-            self.first.append((origin, reason))
+            self.first.append((origin, told or reason))
+
+    def add_rest(self, origin: str, reason: str, error: Exception, *, read: int, stated: int | None) -> None:
+        """Put aside what follows row number `read` of a file that states so many, if it still says how many.
+
+        `DataError` unless bad files may be put aside.
+        """
+        lost = "of an unknown number" if stated is None else f"of {stated:,}; {stated - read:,} are lost"
+        told = f"{reason} ({_first_line(error)}): {read:,} rows could be read {lost}"
+        if self.bad_files == "refuse":
+            raise DataError(
+                origin,
+                found=told,
+                expected="a whole file",
+                mend="Restore the file or remove it, or go on without its rest with bad_files=quarantine.",
+            ) from error
+        self.add(origin, reason, rows=1 if stated is None else max(stated - read, 1), told=told)
 
 
 class Source(Recipe):
@@ -264,32 +285,32 @@ def _read_json_lines(path: Path, origin: str, source: Source, quarantine: Quaran
         yield from _checked(row.get(source.column), place, quarantine)
 
 
-def _lines(path: Path, origin: str, quarantine: Quarantine) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of a file's lines, parted at newline bytes alone; never more than one row in memory."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_DOCUMENT_BYTES):
-            number += 1
-            place = f"{origin}:{number}"
-            if len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
-                quarantine.add(place, TOO_LONG)
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_DOCUMENT_BYTES)
-            elif line.strip():
-                yield place, line
+def _lines(path: Path, origin: str, quarantine: Quarantine) -> Iterator[tuple[str, bytearray]]:
+    """(place, line) of a file's lines that aren't empty."""
+    number = 0
+    try:
+        for number, line in enumerate(lines(path, MAX_DOCUMENT_BYTES), start=1):
+            if line is None:
+                quarantine.add(f"{origin}:{number}", TOO_LONG)
+            elif not line.isspace():
+                yield f"{origin}:{number}", line
+    except OSError as error:
+        quarantine.add_rest(origin, "unreadable file", error, read=number, stated=None)
 
 
 def _read_parquet(path: Path, origin: str, source: Source, quarantine: Quarantine) -> Iterator[Document]:
     from pyarrow import ArrowException, parquet
 
+    numbers, stated = itertools.count(), None
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _require_column(origin, source.column, file.schema_arrow.names)
+            stated = file.metadata.num_rows
             groups = range(file.metadata.num_row_groups)
             batches = itertools.chain.from_iterable(_read_group(file, group, origin, source) for group in groups)
-            yield from _read_batches(batches, origin, source, quarantine)
-    except (ArrowException, OSError):
-        quarantine.add(origin, "damaged Parquet")
+            yield from _read_batches(batches, numbers, origin, source, quarantine)
+    except (ArrowException, OSError) as error:
+        quarantine.add_rest(origin, "damaged Parquet", error, read=next(numbers), stated=stated)
 
 
 def _read_group(file: Any, group: int, origin: str, source: Source) -> Iterator[Any]:
@@ -314,16 +335,18 @@ def _read_arrow(path: Path, origin: str, source: Source, quarantine: Quarantine)
     """Rows as `Dataset.save_to_disk` writes them: an Arrow stream."""
     import pyarrow
 
+    numbers = itertools.count()
     try:
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
             _require_column(origin, source.column, stream.schema.names)
-            yield from _read_batches(stream, origin, source, quarantine)
-    except pyarrow.ArrowException:
-        quarantine.add(origin, "damaged Arrow")
+            yield from _read_batches(stream, numbers, origin, source, quarantine)
+    except (pyarrow.ArrowException, OSError) as error:
+        quarantine.add_rest(origin, "damaged Arrow", error, read=next(numbers), stated=None)
 
 
-def _read_batches(batches: Iterable[Any], origin: str, source: Source, quarantine: Quarantine) -> Iterator[Document]:
-    numbers = itertools.count()
+def _read_batches(
+    batches: Iterable[Any], numbers: Iterator[int], origin: str, source: Source, quarantine: Quarantine
+) -> Iterator[Document]:
     for batch in batches:
         column = _as_bytes(batch.column(source.column), f"{origin}: {source.column}")
         for part in _parts(column):
@@ -414,6 +437,11 @@ def _checked(value: object, origin: str, quarantine: Quarantine) -> Iterator[Doc
         quarantine.add(origin, TOO_LONG)
         return
     yield Document(text, origin)
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says, in a line."""
+    return (str(error) or type(error).__name__).split("\n", 1)[0][:200]
 
 
 def _not_utf8(place: str, error: UnicodeError) -> tuple[str, str]:

@@ -222,6 +222,8 @@ def _from_newest(recipe: GrowthRecipe, pace: Pace, setting: Setting) -> Outcome 
     from espalier.train.checkpoint import Saver
 
     run, plan = setting.run, pace.plan
+    largest = memory.checkpoint_bytes(plan.stages[-1].spec, recipe.optimizer.name)
+    watch.beside(0, "taking up the run", more=watch.moving(largest))
     state = _resume(recipe, plan, setting)
     if state is None:
         run.world.led(lambda: _require_reserve(plan, setting))
@@ -491,11 +493,13 @@ def _keep_stage(recipe: GrowthRecipe, setting: Setting, state: State) -> None:
     path = run.folder / f"{STAGE}{progress.stage + 1}"
     if run.world.told(path.exists()):
         return
+    need = memory.folder_bytes(state.spec, "float32")
+    watch.beside(progress.step, "saving", more=watch.moving(need))
     checkpoint.save_model(
         path,
         state.model,
         tokenizer=setting.tokenizer,
-        need_bytes=memory.folder_bytes(state.spec, "float32"),
+        need_bytes=need,
         also=lambda folder: run.write_made(folder, run.made("pretrain", seed=recipe.seed, progress=progress.counts)),
         parallel=setting.parallel,
     )
@@ -518,7 +522,8 @@ def _grow(
     run, spec = setting.run, plan.stages[number].spec
     growths = recipe.path(spec.vocab_size)[number].growths
     before_loss = before.now(state)
-    watch.beside(state.progress.step, "growing")
+    need = memory.checkpoint_bytes(spec, recipe.optimizer.name)
+    watch.beside(state.progress.step, "growing", more=watch.moving(need))
     watch.anew()
     setting.device.release(state.model)
     std_of = recipe.parametrization.std_of(spec)

@@ -27,6 +27,7 @@ from espalier.infer.trees import Group, Tree, Window, batches, windows
 from espalier.ledger import Cost
 from espalier.model import build
 from espalier.run import Run
+from espalier.template import Template
 from espalier.untrusted import load_tokenizer
 
 # Tokens of one pass: a CPU's caches hold the intermediate results of no more, a GPU wants many to be busy.
@@ -46,6 +47,7 @@ class Local:
         self, folder: ModelFolder, passes: Passes, tokenizer: PreTrainedTokenizerBase, recipe: LocalRecipe, run: Run
     ) -> None:
         self.folder, self.passes, self.tokenizer, self.run = folder, passes, tokenizer, run
+        self._template = Template(tokenizer, folder.path)
         self.identity: str = folder.fingerprint()
         self.context: int | None = passes.positions
         self.batch_tokens = recipe.batch_tokens or BATCH_TOKENS[passes.device.type]
@@ -109,8 +111,8 @@ class Local:
                 mend="Ask with plain prompts, or use a model that was made for conversations.",
             )
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like
+            return self._template.write(list(messages), prompt=True)
+        except (ValueError, TypeError) as error:
             raise DataError(
                 "messages",
                 found=f"what the model's template refuses ({error})",
@@ -120,6 +122,7 @@ class Local:
 
     def close(self) -> None:
         """Let go of the model; twice does no harm."""
+        self._template.close()
         vars(self).pop("passes", None)
         vars(self).pop("writer", None)
 

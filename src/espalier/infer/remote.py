@@ -21,7 +21,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx2
@@ -36,6 +36,7 @@ from espalier.infer.engine import Answer, Generate, Request, Score, require_unic
 from espalier.infer.recipe import EngineRecipe
 from espalier.ledger import Cost, Entry
 from espalier.run import Run
+from espalier.template import Template
 from espalier.untrusted import load_tokenizer
 
 if TYPE_CHECKING:
@@ -178,19 +179,20 @@ class Remote:
                 mend="Set remote.tokenizer=FOLDER, or remote.api=chat.",
             )
         try:
-            text = writer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like
+            text = writer.write(list(messages), prompt=True)
+        except (ValueError, TypeError) as error:
             raise DataError(
                 "messages",
                 found=f"what the model's template refuses ({error})",
                 expected="turns that it knows, in an order that it allows",
                 mend="Many templates want user and assistant in turn, and some no system message.",
             ) from None
-        marked = writer("").input_ids == [writer.bos_token_id]  # by the server, of every text
-        return text.removeprefix(writer.bos_token) if marked else text
+        tokenizer = writer.tokenizer
+        marked = tokenizer("").input_ids == [tokenizer.bos_token_id]  # by the server, of every text
+        return text.removeprefix(tokenizer.bos_token) if marked else text
 
     @functools.cached_property
-    def _writer(self) -> Any:
+    def _writer(self) -> Template | None:
         return _template(self.recipe.tokenizer)
 
     def close(self) -> None:
@@ -199,6 +201,8 @@ class Remote:
             return
         self._background.close(self._client.aclose())
         self._cache.close()
+        if writer := vars(self).get("_writer"):
+            writer.close()
         if self._known:
             self.run.tell(
                 f"{self._known:,} of {self._known + self._asked:,} answers of {self.model} were known from before and"
@@ -468,12 +472,12 @@ def _loaded(folder: Path | None) -> tuple[Tokenizer | None, str, str]:
     return words, end, files.sha256(folder / "tokenizer.json")
 
 
-def _template(folder: Path | None) -> Any:
-    """The transformers tokenizer of a folder with a chat template; None without one."""
+def _template(folder: Path | None) -> Template | None:
+    """The chat template of a folder; None without one."""
     if folder is None:
         return None
-    writer = load_tokenizer(folder)
-    return writer if writer.chat_template else None
+    tokenizer = load_tokenizer(folder)
+    return Template(tokenizer, folder) if tokenizer.chat_template else None
 
 
 def _text(request: Request) -> str:

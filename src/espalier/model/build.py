@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers import logging as transformers_logging
 
 from espalier.errors import ModelError
-from espalier.folder import ModelFolder
+from espalier.folder import TOKENIZER_FILES, ModelFolder
 from espalier.model.mup import Parametrization
 from espalier.model.shards import Weights
 from espalier.spec import ModelSpec
@@ -25,7 +25,6 @@ transformers_logging.disable_progress_bar()
 # What families call their number of layers.
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def build(spec: ModelSpec, parametrization: Parametrization, *, seed: int, eos_token_id: int = 0) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import PreTrainedModel
 
-from espalier import files
+from espalier import files, watch
 from espalier.errors import NumericsError, RunError, UserError
 from espalier.folder import INDEX, ModelFolder
 from espalier.model import build, shards
@@ -192,6 +192,7 @@ class Saver:
         self.when, self.parallel = when, parallel
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: tuple[int, Path, Future[dict[str, dict[str, Any]]]] | None = None
+        self._need_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +216,7 @@ class Saver:
         snapshot = Snapshot.of(model, optimizer_state, progress, self.parallel, copies=beside)
         write = partial(_with_disk_errors, path, need_bytes, lambda: snapshot.write(folder, self.tokenizer, world))
         if beside:
-            self._under_way = progress.step, folder, self._threads.submit(write)
+            self._under_way, self._need_bytes = (progress.step, folder, self._threads.submit(write)), need_bytes
         else:
             self._put_in_place(progress.step, folder, write)
 
@@ -229,6 +230,7 @@ class Saver:
         if self._under_way is None:
             return
         (step, folder, future), self._under_way = self._under_way, None
+        watch.beside(step, "saving", more=watch.moving(self._need_bytes))
         self._put_in_place(step, folder, future.result)
 
     def _put_in_place(self, step: int, folder: Path, written: Callable[[], dict[str, dict[str, Any]]]) -> None:

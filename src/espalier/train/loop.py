@@ -181,7 +181,7 @@ def update(
     start = progress.guards.next_samples(progress.samples, segment.rows)
     micro_rows = parallel.micro_rows(segment.rows, segment.micro_rows)
     rank, ranks = parallel.data_rank, parallel.data_ranks
-    watch.at(progress.step + 1, "reading data")
+    watch.at(progress.step + 1, "reading data", least=watch.DISK)
     batch = stream.batch(start, segment.rows, rank=rank, ranks=ranks, together=micro_rows)
     factor = segment.factor(progress.step)
     state.optimizer.set_factor(factor)

@@ -80,7 +80,7 @@ class Validate:
         if self._taken and self._taken[0] == progress:
             return self._taken[1]
         self.meter.flush(state)
-        watch.at(progress.step, "evaluating")
+        watch.at(progress.step, "evaluating", least=watch.DISK)
         result = self.held_out(state)
         watch.beside(progress.step, "after the evaluation")
         require_finite(result.loss, progress.step)
@@ -125,9 +125,10 @@ class Save:
 
     def _begin(self, state: State) -> None:
         self.meter.flush(state)
-        watch.beside(state.progress.step, "saving")
+        need = self.need_bytes(state)
+        watch.beside(state.progress.step, "saving", more=watch.moving(need))
         self.run.flush()
-        self.saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=self.need_bytes(state))
+        self.saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=need)
         self._saved = state.progress
         self.run.charge("checkpoint", stage=state.progress.stage, step=state.progress.step)
 

@@ -62,7 +62,7 @@ def probe(
             "device": asdict(device),
             "batch": [micro_rows, sequence_length],
             "torch": torch.__version__,
-            "machine": [platform.node(), platform.processor(), os.cpu_count()],
+            "machine": [platform.node(), _model_of(device.kind), os.cpu_count()],
             **parallel.described(),
         }
     )
@@ -104,8 +104,8 @@ def _measure(
     begin = time.perf_counter()
     passes, updates = [], []
     for _ in range(repeats + 1):
-        passes.append(_timed(lambda: backward(model, batch, micro_rows, objective, device, parallel)))
-        updates.append(_timed(lambda: _update(optimizer)))
+        passes.append(_timed(lambda: backward(model, batch, micro_rows, objective, device, parallel), device.kind))
+        updates.append(_timed(lambda: _update(optimizer), device.kind))
     per_pass, per_update = statistics.median(passes[1:]), statistics.median(updates[1:])
     ready = time.perf_counter() - begin - sum(passes[1:]) - sum(updates[1:])
     return Speed(per_pass / (batch.input_ids.size * parallel.data_ranks), per_update, ready)
@@ -116,7 +116,16 @@ def _update(optimizer: Optimizer) -> None:
     optimizer.step()
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _timed(work: Callable[[], object], kind: str) -> float:
+    """Seconds until the device has done what `work` asks of it; a call returns as soon as a GPU knows what to do."""
+    synchronize = getattr(torch, kind).synchronize
+    synchronize()  # what came before is another's time
     begin = time.perf_counter()
     work()
+    synchronize()
     return time.perf_counter() - begin
+
+
+def _model_of(kind: str) -> str:
+    """The GPU's name, or what the platform says of the processor."""
+    return torch.cuda.get_device_name() if kind == "cuda" else platform.processor()
