@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -403,6 +404,21 @@ def test_a_second_writer_is_refused_whatever_its_key_and_disturbs_nothing(half):
     assert {path.name for path in half.iterdir()} == {"file", "folder"}
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["gone", "another writer's"])
+def test_a_lock_that_its_holder_deletes_meanwhile_is_not_held(half, monkeypatch, taken):
+    def flock(file, how: int, real=fcntl.flock) -> None:
+        lock = half / f"{files.RESUMABLE}folder" / "lock"
+        lock.unlink()
+        if taken:
+            lock.touch()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ResourceError, match="another process"):
+        resume_folder(half)
+    assert in_journal(half) == {"a"} and read_folder(half / "folder") == OLD
+
+
 FULL_DISK = """
 import sys
 from pathlib import Path
@@ -509,6 +525,22 @@ def test_a_manifest_of_any_other_form_is_damage_and_no_crash(whole, value):
             assert files.damage(whole) or not manifest["files"]
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [lambda text: text.replace("  ", "\t", 1), lambda text: text + "\n", lambda text: '{"files": {}, ' + text[1:]],
+    ids=["another space", "one line more", "a name twice"],
+)
+def test_a_manifest_that_says_the_same_in_other_bytes_is_damage(whole, changed):
+    path = whole / files.MANIFEST
+    content = path.read_text()
+    try:
+        path.write_text(changed(content))
+        assert json.loads(path.read_text()) == json.loads(content)
+        assert "isn't as it was written" in files.damage(whole)
+    finally:
+        path.write_text(content)
 
 
 def test_a_folder_without_a_manifest_was_never_finished(tmp_path):

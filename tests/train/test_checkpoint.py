@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,3 +265,27 @@ def test_a_disk_that_fills_beside_the_training_is_told_at_the_next_step(begin, t
             saver.poll()
             time.sleep(0.05)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_training_is_told_before_a_full_disk_beside_it(begin, tmp_path, monkeypatch):
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "full")
+
+    state = begin()
+    monkeypatch.setattr(checkpoint.shards, "write_tensors", full)
+    with pytest.raises(ValueError, match="the first"), Saver(tmp_path, tokenizer=None, keep=2, when="beside") as saver:
+        saver.begin(state.model, state.optimizer.state(), state.progress, need_bytes=0)
+        raise ValueError("the first")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_filled_leaves_nothing(begin, keep, tmp_path, monkeypatch):
+    def mkdir(path: Path, *arguments: object, real=Path.mkdir, **words: object) -> None:
+        if path.name == checkpoint.TRAINER:
+            raise OSError(errno.ENOSPC, "full")
+        real(path, *arguments, **words)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(ResourceError, match="full disk"):
+        keep(begin())
+    assert not list(tmp_path.glob(f"{files.PARTIAL}*"))
