@@ -39,7 +39,8 @@ from faults.small import Setting
 ROOT = Path(__file__).parent.parent
 REMOVED = Path(__file__).with_name("removed")
 GUARDED = (
-    *("changes.py", "dataset.py", "files.py", "folder.py", "ledger.py", "records.py", "run.py", "untrusted.py"),
+    *("changes.py", "dataset.py", "files.py", "folder.py", "ledger.py", "planner.py", "records.py", "run.py"),
+    *("untrusted.py", "world.py"),
     *(f"data/{name}.py" for name in ("origin", "pack", "prepare", "sources", "stream", "tokenizer")),
     *(f"train/{name}.py" for name in ("checkpoint", "guards", "loop")),
 )

@@ -83,6 +83,49 @@ def stream(tmp_path_factory) -> Stream:
     return Stream(tokens, sequence_length=16, seed=3, attend="row", eos_id=0)
 
 
+class Flushed:
+    """What a power loss would leave, of what is flushed from now on: a file by its size, a folder by what its names
+    stand for."""
+
+    def __init__(self) -> None:
+        self._safe: dict[int, int | dict[str, int]] = {}
+        self._fsync = os.fsync
+
+    def fsync(self, descriptor: int) -> None:
+        """Takes the place of `os.fsync`."""
+        self._fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}")
+        self._safe[path.stat().st_ino] = self._now(path)
+
+    def content(self, path: Path) -> bool:
+        """Whether a file is on the disk as it is, a folder with all its names."""
+        now, safe = self._now(path), self._safe.get(path.stat().st_ino)
+        if isinstance(now, dict):
+            return now.items() <= (safe or {}).items()
+        return now == safe
+
+    def name(self, path: Path) -> bool:
+        """Whether the name on the disk stands for what it stands for now."""
+        return self._safe.get(path.parent.stat().st_ino, {}).get(path.name) == path.stat().st_ino
+
+    def all_below(self, path: Path) -> bool:
+        return all(map(self.content, [path, *path.rglob("*")]))
+
+    @staticmethod
+    def _now(path: Path) -> int | dict[str, int]:
+        if not path.is_dir():
+            return path.stat().st_size
+        return {entry.name: entry.stat().st_ino for entry in path.iterdir()}
+
+
+@pytest.fixture
+def flushed(monkeypatch) -> Flushed:
+    """What is on the disk for good."""
+    flushed = Flushed()
+    monkeypatch.setattr(os, "fsync", flushed.fsync)
+    return flushed
+
+
 @pytest.fixture
 def told() -> list[str]:
     """What a run said."""

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier import files
-from espalier.errors import ResourceError
+from espalier.errors import DataError, ResourceError
 
 OLD, NEW = {"a": b"old", "sub/b": b"old too"}, {"a": b"new and longer", "sub/c": b"new", "sub/manifest.json": b"{}"}
 SYSTEM_CALLS = ("fsync", "rename", "replace", "mkdir")
@@ -177,6 +177,55 @@ def test_a_kill_at_any_call_of_the_recovery_from_a_kill_loses_nothing(folder):
         if not killed:
             break
     assert k >= 4, "the recovery was never killed"
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
+@pytest.mark.parametrize("work", [replace_file, replace_folder])
+def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(work, old, folder, flushed, monkeypatch):
+    renamed = []
+
+    def checked(real):
+        def rename(source, target):
+            renamed.append(target)
+            assert flushed.all_below(source), f"{target} would be torn"
+            real(source, target)
+
+        return rename
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, checked(getattr(os, name)))
+    begin(folder, old=old)
+    work(folder)
+    assert flushed.all_below(folder) and renamed
+
+
+def test_the_names_of_folders_that_were_made_are_on_the_disk(folder, flushed):
+    folder.mkdir()
+    files.make_folder(folder / "and" / "those" / "below")
+    assert flushed.all_below(folder)
+
+
+def test_what_a_journal_or_a_manifest_records_is_on_the_disk(folder, flushed):
+    with files.resumable_folder(folder, "key") as journal:
+        for name in NEW:
+            fill(journal.folder, {name: NEW[name]})
+            journal.add(name, hashlib.sha256(NEW[name]).hexdigest())
+            assert flushed.content(journal.folder / name) and flushed.name(journal.folder / name)
+        fill(journal.folder, {"b": b"new"})
+        entry = files.written(journal.folder / "b", hashlib.sha256(b"new").hexdigest())
+        assert flushed.content(journal.folder / "b") and entry["bytes"] == 3
+
+
+@pytest.mark.parametrize("content, found", [(None, "No such file"), ("é".encode("latin-1"), "UTF-8")])
+def test_a_text_that_cannot_be_read_is_refused_as_the_caller_says(tmp_path, content, found):
+    path = tmp_path / "text"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=found) as refused:
+        files.read_text(path, expected="a poem", mend="Write one.")
+    assert (refused.value.where, refused.value.expected, refused.value.mend) == (str(path), "a poem", "Write one.")
+    path.write_text("é", encoding="utf-8")
+    assert files.read_text(path, expected="a poem", mend="Write one.") == "é"
 
 
 def test_a_folder_killed_between_its_renames_can_be_written_again_without_recovery(folder):
@@ -358,7 +407,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from espalier import files
-from espalier.errors import ResourceError
+from espalier.errors import DataError, ResourceError
 folder = Path(sys.argv[1])
 files.write_bytes(folder / "file", b"old")
 with files.whole_folder(folder / "folder") as partial:

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from espalier import planner, watch
 from espalier.budget import flops
 from espalier.budget.hardware import Hardware
 from espalier.budget.memory import of_one_device
-from espalier.errors import BudgetError, ResourceError
+from espalier.errors import BudgetError, RecipeError, ResourceError, RunError
 from espalier.ledger import Rates
 from espalier.planner import Machine, PlannedRecipe, Settled
 from espalier.recipe import parse
-from espalier.run import Run
+from espalier.run import PLAN, Run
 from espalier.train.device import Device
 from espalier.train.parallel import Parallel
 from espalier.world import SINGLE, World
@@ -202,6 +203,30 @@ def test_nothing_is_tried_before_the_refusal(monkeypatch, make_run):
 def test_float8_is_refused_where_it_would_be_emulated(make_run):
     with pytest.raises(ResourceError, match=r"a GPU of at least 8\.9"):
         planner.settle(read("train.fp8=on"), Machine(ROOMY, Rates()), make_run())
+
+
+def test_float8_is_refused_by_the_gpu_that_is_there(monkeypatch):
+    device = Device(kind="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ResourceError, match=r"compute capability 8\.0"):
+        planner._require_float8(device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    planner._require_float8(device)
+
+
+def test_rows_longer_than_the_model_takes_are_refused():
+    assert read("model.max_position_embeddings=256").data.sequence_length == 256
+    with pytest.raises(RecipeError, match=r"sequence_length 256 is more than model\.max_position_embeddings 255"):
+        read("model.max_position_embeddings=255")
+
+
+def test_a_run_that_has_trained_is_not_planned_anew(monkeypatch, make_run):
+    monkeypatch.setattr(planner, "_probe", lambda *_: pytest.fail("a step was made"))
+    run = make_run()
+    (run.folder / "checkpoint-3").mkdir()
+    with pytest.raises(RunError, match="no such file") as refused:
+        planner.settle(read(), Machine(ROOMY, Rates()), run)
+    assert refused.value.where == str(run.folder / PLAN) and refused.value.mend.startswith("Restore the file")
 
 
 THREADS = 4

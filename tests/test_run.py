@@ -483,6 +483,18 @@ def test_metrics_are_rewound_to_a_step_and_go_on_from_there(tmp_path_factory, st
     assert lines == [*kept, {"step": until, "stage": 0, "loss": 1.5}]
 
 
+@pytest.mark.parametrize(
+    "end",
+    [Run.flush, lambda run: run.finish("stopped"), lambda run: run.__exit__(None, None, None)],
+    ids=["flushed", "ended", "let go"],
+)
+def test_what_was_logged_is_on_the_disk_when_a_run_says_so_or_ends(start, folder, flushed, end):
+    run = start()
+    run.log_metrics(step=1, stage=0)
+    end(run)
+    assert flushed.content(folder / METRICS) and flushed.name(folder / METRICS)
+
+
 def test_files_that_are_not_there_read_as_nothing(tmp_path):
     assert records.read(tmp_path / "no.json", 7) == 7
     assert list(records.read_lines(tmp_path / "no.jsonl")) == []

@@ -1,6 +1,7 @@
 """A world of ranks: what one knows all know, and a failure of one is everybody's."""
 
 import pytest
+import torch
 
 from espalier.errors import DataError, ResourceError, UserError
 from espalier.world import World
@@ -48,6 +49,26 @@ def test_a_failure_of_one_rank_is_raised_by_all(ranks):
         assert alone == ["DataError", "rank 1: here: found 1; expected nothing. Nothing."]
         assert led == ["ResourceError", "here: found 0; expected nothing. Nothing."]
         assert well == ["", str(rank)]
+
+
+def test_a_bug_of_one_rank_is_raised_there_as_it_is_and_told_to_the_others(ranks):
+    def work(world: World) -> list[str]:
+        try:
+            world.together(lambda: {}["mine"] if world.rank == 1 else world.rank)
+        except Exception as error:
+            return [type(error).__name__, str(error)]
+        return []
+
+    assert ranks(2, work) == [["RuntimeError", "rank 1: KeyError: 'mine'"], ["KeyError", "'mine'"]]
+
+
+def test_more_processes_than_gpus_are_refused_before_they_join(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ResourceError) as refused, World(0, 3, 0, 3).joined(seconds=1):
+        pytest.fail("joined")
+    assert (refused.value.where, refused.value.found) == ("processes", "3 of them for 2 GPUs")
+    assert refused.value.mend == "Start 2 processes on this machine."
 
 
 def test_what_leaves_files_is_done_by_the_leader_first(ranks, tmp_path):

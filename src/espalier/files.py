@@ -354,10 +354,9 @@ def _only_writer(path: Path, place: Path) -> Iterator[None]:
 
 def put_in_place(path: Path, new: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
     """Give a folder that is complete its manifest, flush it to the disk and rename it to `path`."""
-    write_manifest(new, known)
+    write_manifest(new, known)  # the last file: its write flushes the names in `new`
     for entry in new.rglob("*"):
         sync(entry)
-    sync(new)
     _replace_folder(path, new)
 
 

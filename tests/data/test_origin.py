@@ -151,6 +151,16 @@ def swap(path: Path, one: int, other: int) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_another_tokenizer_is_refused_even_if_the_run_s_own_copy_is_damaged(begin, tmp_path):
+    kept = tokenizer_of_run(begin, tmp_path)
+    begin(tokenizer=str(kept))
+    (tmp_path / origin.TOKENIZER / "tokenizer.json").write_text("{")
+    swap(kept / "tokenizer.json", 290, 291)
+    with pytest.raises(DataError, match="another tokenizer than the run began with") as refusal:
+        begin(tokenizer=str(kept))
+    assert "first differing id" not in refusal.value.found
+
+
 def test_two_tokenizers_differ_first_where_an_id_changes(begin, tmp_path):
     kept = tokenizer_of_run(begin, tmp_path) / "tokenizer.json"
     other = tmp_path / "other.json"

@@ -1,5 +1,6 @@
 """The loop: accumulation changes nothing, bad numbers change nothing, and it stops in time with a usable state."""
 
+import math
 import random
 import signal
 import tempfile
@@ -73,6 +74,18 @@ def test_an_update_counts_and_takes_the_next_samples(begin, stream, segment, dev
     assert state.progress.counts == Progress(step=8, samples=32, tokens=164, flops=645.0, stage=1).counts
     assert (step.tokens, step.flops, step.factor) == (64, 640.0, 0.7)
     assert asked == [(28, 4)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_of_a_loss_that_is_not_finite_no_update_is_made_even_if_its_gradient_is(
+    begin, stream, segment, device, weights, same, value
+):
+    state = begin()
+    before = weights(state)
+    step = update(state, stream, segment(1), lambda *inputs: next_token(*inputs) + value, device)
+    assert math.isfinite(step.grad_norm) and not math.isfinite(step.loss)
+    assert step.broken and state.progress.guards.broken == 1
+    assert same(weights(state), before)
 
 
 def test_training_learns_and_is_the_same_each_time(begin, stream, segment, device, meter, weights, same):
