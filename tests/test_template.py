@@ -105,7 +105,7 @@ def test_the_child_holds_none_of_the_parents_files(opened, tmp_path):
 def test_a_template_gets_little_memory_beyond_what_the_process_has(opened):
     template = opened("{{ (messages[0].content * 200000000) | length }}")
     with pytest.raises(ModelError, match="1 GiB of memory"):
-        template.write([{"role": "user", "content": "x" * 6}], prompt=False)
+        template.write([{"role": "user", "content": "x" * 60}], prompt=False)
     assert template.write([{"role": "user", "content": "x"}], prompt=False) == "200000000"
 
 

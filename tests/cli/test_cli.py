@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from espalier import __version__, recipe
+from espalier import __version__, recipe, records
 from espalier.cli.app import run_app
 from espalier.errors import RunError
 from espalier.method import VERBS, cards, default, find
@@ -172,7 +172,7 @@ def test_what_a_method_found_is_shown_and_its_page_is_left_as_it_is(cli, tmp_pat
     folder.mkdir(parents=True)
     (folder / RECIPE).write_text("model: m\n")
     (folder / PAGE).write_text("a method's own")
-    (folder / STATE).write_text('{"status": "finished"}')
+    records.write(folder / STATE, {"status": "finished"})
     assert cli("show", "asked") == (0, "runs/asked\nruns/asked/report.html\n", "")
     Report("m", [Row("sums", "acc", 0.5, stderr=0.1, n=25)]).save(folder / RESULTS)
     assert cli("show", "asked") == (0, "sums  acc  0.5 ± 0.1\nruns/asked/report.html\n", "")

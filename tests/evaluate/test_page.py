@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from espalier import files
+from espalier import files, records
 from espalier.evaluate import page
 from espalier.evaluate.compare import compare
 from espalier.evaluate.evaluation import Evaluation
@@ -45,7 +45,7 @@ def evaluation(folder, name: str, skill: float, tasks=TASKS, *, n: int = 40, see
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / RECIPE).write_text("model: m\n")
+    records.write_signed(tmp_path / RECIPE, "model: m\n")
     return tmp_path
 
 

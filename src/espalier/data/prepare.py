@@ -197,15 +197,17 @@ class _Split:
         from pyarrow import parquet
 
         self._schema = pyarrow.schema([("text", pyarrow.string()), ("origin", pyarrow.string())])
-        self._writer = parquet.ParquetWriter(self.path, self._schema, compression="zstd")
+        self._file = self.path.open("wb")  # not Arrow's own: its errors at the end don't say what the disk said
+        self._writer = parquet.ParquetWriter(self._file, self._schema, compression="zstd")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
+        with self._file:
+            if kind is None:
+                self._flush()
+            self._writer.close()
 
     def add(self, document: Document) -> None:
         size = len(document.text.encode())
