@@ -183,7 +183,7 @@ def test_a_lineage_goes_back_as_far_as_it_is_recorded(bare):
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
-@pytest.mark.parametrize("number", [8, -1, [0, 8], "0", 1.5])
+@pytest.mark.parametrize("number", [8, -2, [0, 8], "0", 1.5])
 def test_a_special_id_that_the_embedding_has_no_row_for_is_refused(bare, name, key, number):
     if name != "config.json":
         (bare / name).write_text(json.dumps({key: number}))
@@ -191,6 +191,13 @@ def test_a_special_id_that_the_embedding_has_no_row_for_is_refused(bare, name, k
         edit(bare, **{key: number})
     refused = refusal(bare)
     assert refused.where == f"{bare / name}: {key}" and "8 rows" in refused.expected
+
+
+def test_a_model_may_say_by_minus_one_that_nothing_fills_its_texts(bare):
+    edit(bare, pad_token_id=-1)
+    ModelFolder.open(bare)
+    edit(bare, eos_token_id=-1)
+    assert refusal(bare).where.endswith("eos_token_id")
 
 
 @pytest.mark.parametrize("number", [None, 0, 7, [0, 7], []])

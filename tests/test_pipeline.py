@@ -69,6 +69,13 @@ def test_the_final_folder_is_one_that_others_can_use(finished):
     assert files.damage(final.path) is None
 
 
+def test_what_is_exported_has_a_checkpoint_so_that_a_kill_beside_the_export_changes_nothing(finished):
+    last = Report.load(finished / RESULTS).context["step"]
+    assert last % 7 and list_steps(finished)[0] == last
+    weights = (finished / f"checkpoint-{last}" / WEIGHTS).read_bytes()
+    assert weights == (finished / FINAL / WEIGHTS).read_bytes()
+
+
 def test_made_json_says_how_and_at_what_cost(finished):
     made = read_json(finished / FINAL / MADE)
     assert (made["method"], made["seed"], made["run"], made["parents"]) == ("pretrain", 1, "tiny", [])

@@ -1,13 +1,16 @@
 """Runs: one process, one recipe, every second charged, and failures on record."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -259,6 +262,59 @@ def test_what_a_run_adds_after_it_was_taken_up_is_no_loss(start, folder):
             if ended:
                 run.finish(ended)
     assert start().state["status"] == "running"
+
+
+def test_an_error_after_a_run_has_finished_does_not_undo_it(start, folder):
+    with pytest.raises(BrokenPipeError), start() as run:
+        run.finish("finished")
+        raise BrokenPipeError
+    assert status(folder) == "finished" and "BrokenPipeError" in (folder / LOG).read_text()
+
+
+def test_an_error_without_words_is_told_by_its_class(start, folder):
+    with pytest.raises(MemoryError), start():
+        raise MemoryError
+    assert module.why(folder) == "failed: MemoryError"
+
+
+def test_what_a_user_lays_into_a_run_is_no_record_of_it(start, folder):
+    with start() as run:
+        run.charge("train")
+        copied = Path(shutil.copy(folder / LEDGER, folder / "ledger.jsonl.bak"))
+        run.finish("stopped")
+    copied.unlink()
+    start().close()
+
+
+@pytest.mark.parametrize("step, refused", [(0, False), (1, False), (2, True)])
+def test_lines_of_what_is_done_again_may_be_damaged(start, folder, step, refused):
+    with start() as run:
+        for number in range(4):
+            run.log_metrics(step=number, stage=0)
+        lines = (folder / METRICS).read_text().splitlines()
+        (folder / METRICS).write_text("\n".join([*lines[:2], "\0" * len(lines[2]), lines[3], ""]))
+        with pytest.raises(RunError, match=r"metrics\.jsonl:3") if refused else contextlib.nullcontext():
+            run.rewind_metrics(step, stage=0)
+        if not refused:
+            assert [line["step"] for line in records.read_lines(folder / METRICS)] == list(range(step + 1))
+
+
+def test_a_rewind_before_another_leaves_the_word_of_both(start, folder):
+    with start() as run:
+        for step, more in ((5, {}), (5, {"rewound_from": 9}), (2, {"rewound_from": 7})):
+            run.rewind_metrics(step, stage=0)
+            run.log_metrics(step=step, stage=0, **more)
+        assert [line.get("rewound_from") for line in records.read_lines(folder / METRICS)] == [9, 7]
+
+
+def test_who_is_gone_is_told_until_somebody_takes_the_run_up(start, folder):
+    start().close()
+    (folder / LOCK).write_text("process 7 on there")
+    with pytest.raises(RunError):
+        start(Job(name="another"))
+    assert module.why(folder) == "ended without a word: process 7 on there is gone"
+    start().close()
+    assert module.why(folder) == ""
 
 
 def test_a_refused_recipe_leaves_the_state_as_it_was(start, folder):

@@ -76,14 +76,16 @@ class ModelFolder:
     def _require_ids(self) -> None:
         """Refuse ids that the embedding has no row for: of the tokenizer, or of what begins, ends and fills texts.
 
-        Rows that no id stands for are no harm: many models are padded so.
+        Rows that no id stands for are no harm: many models are padded so. Nor are special tokens without a row, such as
+        an image's in the text part of a model that also sees, as long as nobody writes them; an id of -1 fills nothing.
         """
         rows = _rows(self.config)
         if rows is None:
             return
         for path in (self.path / name for name in ID_CONFIGS if (self.path / name).exists()):
             for key, number in _special_ids(read_json(path)):
-                if not isinstance(number, int) or not 0 <= number < rows:
+                fills_nothing = key == "pad_token_id" and number == -1
+                if not fills_nothing and (not isinstance(number, int) or not 0 <= number < rows):
                     raise ModelError(
                         f"{path}: {key}",
                         found=f"{number!r}, for which the embedding has no row",
@@ -190,7 +192,7 @@ def _special_ids(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _id_count(path: Path) -> int:
-    """The largest id of a tokenizer.json, and one; 0 without the file."""
+    """The largest id of a tokenizer.json that isn't a special token's, and one; 0 without the file."""
     if not path.exists():
         return 0
     told = read_json(path)
@@ -198,7 +200,8 @@ def _id_count(path: Path) -> int:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
     ids += [entry.get("id") for entry in added or () if isinstance(entry, dict)]
-    return max((number for number in ids if isinstance(number, int)), default=-1) + 1
+    special = {entry.get("id") for entry in added or () if isinstance(entry, dict) and entry.get("special")}
+    return max((number for number in ids if isinstance(number, int) and number not in special), default=-1) + 1
 
 
 def _indexed(path: Path) -> list[str]:

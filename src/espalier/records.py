@@ -118,7 +118,7 @@ def last_seal(path: Path) -> str:
 def _opened(path: Path, opened: Callable[[str, str], T]) -> T:
     try:
         return opened(path.read_text(encoding="utf-8"), path.name)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise _damaged(str(path), error) from None
 
 
@@ -133,10 +133,10 @@ def _last(file: IO[bytes]) -> str:
     return found[1].decode() if found else ""
 
 
-def _damaged(where: str, error: ValueError) -> RunError:
+def _damaged(where: str, error: ValueError | FileNotFoundError) -> RunError:
     return RunError(
         where,
-        found=f"what can't be read ({error})",
+        found="no such file" if isinstance(error, FileNotFoundError) else f"what can't be read ({error})",
         expected="a record as Espalier wrote it",
         mend="Undo the edit or restore the file, or choose another name=... and run the recipe again.",
     )

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
+import itertools
 import logging
 import os
 import signal
@@ -49,7 +50,8 @@ RECIPE, PLAN, LEDGER, METRICS, STATE, PAGE, RESULTS, LOG = (
     "results.json",
     "log.txt",
 )
-CHANGES = "changes.jsonl"
+CHANGES, ORIGIN = "changes.jsonl", "data.json"
+SEALED = (RECIPE, PLAN, CHANGES, LEDGER, METRICS, RESULTS, ORIGIN)
 LOCK = ".lock"
 GLANCE = 0.05  # seconds for which somebody who asks for the status may hold the lock
 FINAL = "final"
@@ -133,12 +135,12 @@ class Run:
         run = cls(folder, resolved, cap=cap, tell=tell, since=since)
         run._hold()
         try:
-            held_by = run._sign_lock()
             if (folder / RECIPE).exists():
                 require_whole(folder)
-                if ended := _why_ended(run.state, held_by):
+                if ended := _why_ended(run.state, _holder(folder)):
                     tell(f"The run before {ended}.")
                 run._same_recipe(accept)
+            run._sign_lock()
             for name in files.remove_partials(folder):
                 tell(f"Removed {name}: it was never finished.")
             if not (folder / RECIPE).exists():
@@ -161,8 +163,8 @@ class Run:
     def finish(self, status: str, reason: str = "", **more: Any) -> None:
         """Record how the run ended, and that of its records nothing is missing then."""
         self.flush()
-        files_there = sorted(path for path in self.folder.glob("[!.]*") if path.is_file() and path.name != STATE)
-        seals = {path.name: seal for path in files_there if (seal := records.last_seal(path))}
+        there = [name for name in SEALED if (self.folder / name).exists()]
+        seals = {name: records.last_seal(self.folder / name) for name in there}
         self._write_state(status, reason=reason, seals=seals, **more)
 
     def broke_off(self, error: Exception) -> None:
@@ -183,11 +185,20 @@ class Run:
                 files.sync(self.folder)
 
     def rewind_metrics(self, step: int, *, stage: int) -> None:
-        """Drop logged lines beyond `step` or of stages after `stage`: that work is about to be done again."""
+        """Drop logged lines beyond `step` or of stages after `stage`: that work is about to be done again.
+
+        Lines that can't be read are refused only if they are of what stays.
+        """
         path = self.folder / METRICS
+        lines: list[dict[str, Any]] = []
+        try:
+            lines.extend(records.read_lines(path))
+        except RunError:
+            if not lines or lines[-1]["step"] < step:
+                raise
         if path.exists():
-            kept = [line for line in records.read_lines(path) if line["step"] <= step and line["stage"] <= stage]
-            records.replace_lines(path, kept)
+            stays = ((line["step"] <= step and line["stage"] <= stage) or "rewound_from" in line for line in lines)
+            records.replace_lines(path, itertools.compress(lines, stays))
 
     def went_on(self, step: int) -> None:
         """Note that what was changed holds from `step` on, or from an earlier one that was gone back to."""
@@ -284,15 +295,17 @@ class Run:
             self.close()
 
     def _failed(self, fault: Exception, error: Exception) -> None:
-        """Keep what the run failed by, and the `error` by which it ended here."""
+        """Keep what the run failed by, unless it had done all it had to, and the `error` by which it ended here."""
         log.error("%s", fault, exc_info=fault)
-        self.finish("failed", str(fault), error=_described(fault))
+        if self.state["status"] != "finished":
+            self.finish("failed", str(fault) or type(fault).__name__, error=_described(fault))
 
     def close(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._lock, 0)
+                if _text_of(self._lock) == _signature():
+                    os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
         if self._handler is not None:
@@ -315,14 +328,12 @@ class Run:
                 mend="Wait for it, stop it, or choose another name=...",
             )
 
-    def _sign_lock(self) -> str:
-        """Leave in the lock who holds it, until it lets go; who held it before and never did, "" for nobody."""
+    def _sign_lock(self) -> None:
+        """Leave in the lock who holds it, until it lets go."""
         assert self._lock is not None
-        before = os.pread(self._lock, 1000, 0).decode(errors="replace")
         with files.disk_errors(self.folder):
             os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        return before
+            os.pwrite(self._lock, _signature().encode(), 0)
 
     def _same_recipe(self, accept: Collection[str]) -> None:
         """Refuse another recipe; take over, and record, what an unfinished run may be told anew."""
@@ -408,14 +419,20 @@ def stored_recipe(folder: Path) -> dict[str, Any]:
 
 def status(folder: Path) -> str:
     """'running', 'finished', 'stopped', 'failed', or 'unfinished' if its process ended without a word."""
-    said = str(records.read(folder / STATE, {"status": "running"})["status"])
-    return "unfinished" if said == "running" and not _is_held(folder) else said
+    if (said := _said(folder)) == "running" and not _is_held(folder):
+        said = _said(folder)  # it may just have come to its end
+        return "unfinished" if said == "running" else said
+    return said
+
+
+def _said(folder: Path) -> str:
+    return str(records.read(folder / STATE, {"status": "running"})["status"])
 
 
 def why(folder: Path) -> str:
     """What ended a run that failed or ended without a word, in half a sentence; "" where nothing did."""
-    held = "" if _is_held(folder) else _holder(folder)
-    return _why_ended(records.read(folder / STATE, {"status": "running"}), held)
+    holder = _holder(folder)  # looked at first: one that begins now isn't gone
+    return _why_ended(records.read(folder / STATE, {"status": "running"}), "" if _is_held(folder) else holder)
 
 
 def _why_ended(state: dict[str, Any], held_by: str) -> str:
@@ -429,6 +446,14 @@ def _holder(folder: Path) -> str:
     return (folder / LOCK).read_text(errors="replace") if (folder / LOCK).exists() else ""
 
 
+def _signature() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _text_of(descriptor: int) -> str:
+    return os.pread(descriptor, 1000, 0).decode(errors="replace")
+
+
 def _described(error: Exception) -> dict[str, str]:
     """An error as state.json has it: its class, and the parts of a refusal; `where` names a rank that was at fault."""
     return {**errors.to_json(error), "kind": type(error).__name__}
@@ -436,10 +461,11 @@ def _described(error: Exception) -> dict[str, str]:
 
 def require_whole(folder: Path) -> None:
     """Refuse a run whose records aren't those that it ended with; one that didn't come to an end has said nothing."""
-    for name, seal in records.read(folder / STATE, {}).get("seals", {}).items():
+    seals = records.read(folder / STATE, {}).get("seals", {})
+    for name, seal in seals.items():
         path = folder / name
         found = records.last_seal(path) if path.exists() else None
-        if found != seal:
+        if found != seal and records.read(folder / STATE, {}).get("seals", {}) == seals:  # nobody has taken it up now
             raise RunError(
                 str(path),
                 found="no such file" if found is None else f"another end than it had ({found or 'no seal'})",

@@ -13,6 +13,7 @@ from espalier.method import VERBS, cards, default, find
 from espalier.pipeline import PretrainRecipe
 from espalier.report import Report, Row
 from espalier.run import PAGE, RECIPE, RESULTS, STATE
+from espalier.spec import ModelSpec
 
 METHODS = sorted(card.full_name for card in cards())
 
@@ -181,6 +182,19 @@ def test_what_a_method_found_is_shown_and_its_page_is_left_as_it_is(cli, tmp_pat
     (folder / RESULTS).write_text('{"need": 1}')
     code, _, err = cli("show", "asked")
     assert code == RunError.exit_code and "no report" in err
+
+
+def test_a_finished_method_is_not_carried_out_again(cli, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(ModelSpec(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).to_config())
+    )
+    command = ("budget", "count", "model=config.json", "hardware=a100-80g", "--name", "counted")
+    assert cli(*command)[0] == 0
+    folder = tmp_path / "runs" / "counted"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, out, _ = cli(*command)
+    assert (code, out) == (0, "runs/counted is finished; nothing to do. Choose another --name to run it again.\n")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_run_that_has_no_state_yet_is_listed_as_unfinished(cli, tmp_path):

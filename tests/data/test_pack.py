@@ -1,6 +1,8 @@
 """Pack: shards hold the documents in order, an interrupted job goes on, and damage is found."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +94,16 @@ def test_any_piece_is_that_piece_of_the_whole(whole, data):
 def test_shards_are_opened_only_when_read(whole):
     tokens = Tokens.open(whole.path)
     tokens.read(len(tokens) - 1, 1)
-    assert list(tokens._maps) == [len(tokens.shards) - 1]
+    assert list(tokens._descriptors) == [len(tokens.shards) - 1]
+
+
+def test_a_shard_that_was_cut_after_it_was_checked_is_refused_where_it_ends(whole, tmp_path):
+    copied = Tokens.open(Path(shutil.copytree(whole.path, tmp_path / "copied")))
+    last = copied.path / copied.shards[-1].name
+    os.truncate(last, last.stat().st_size - 2)
+    assert np.array_equal(copied.read(0, len(copied) - 1), whole.read(0, len(whole) - 1))
+    with pytest.raises(DataError, match=last.name):
+        copied.read(len(copied) - 1, 1)
 
 
 def test_what_was_written_opens_equal_and_a_second_call_computes_nothing(make, told, monkeypatch):

@@ -213,6 +213,24 @@ def test_a_bad_text_in_parquet_is_quarantined_by_row(tmp_path, monkeypatch):
     ]
 
 
+def test_a_parquet_file_may_have_groups_without_a_row(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"]})
+    parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    with parquet.ParquetWriter(tmp_path / "some.parquet", table.schema) as writer:
+        writer.write_table(table.slice(0, 0))
+        writer.write_table(table)
+    assert [document.text for document in read(Source(path=str(tmp_path)), Quarantine())] == ["a", "b"]
+
+
+def test_an_arrow_file_is_read_as_a_stream_is(tmp_path):
+    table = pyarrow.table({"text": [f"row {number}" for number in range(20)]})
+    for name, opened in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        with pyarrow.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as file, opened(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=8)
+    texts = [document.text for document in read(Source(path=str(tmp_path)), Quarantine())]
+    assert texts == table["text"].to_pylist() * 2
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "arrow"])
 def test_a_missing_column_is_refused_with_those_there_are(tmp_path, suffix):
     table = pyarrow.table({"texts": ["a"], "label": [1]})

@@ -384,10 +384,23 @@ def test_a_folder_without_a_tokenizer_is_refused(missing, copy, engine):
 def test_a_tokenizer_of_another_model_is_refused(copy, engine):
     path = copy()
     told = json.loads((path / "tokenizer.json").read_text())
-    told["added_tokens"] += [told["added_tokens"][0] | {"id": 300 + n, "content": f"<{n}>"} for n in range(40)]
+    token = told["added_tokens"][0] | {"special": False}
+    told["added_tokens"] += [token | {"id": 300 + n, "content": f"<{n}>"} for n in range(40)]
     (path / "tokenizer.json").write_text(json.dumps(told))
     with pytest.raises(ModelError, match=r"a tokenizer of 3\d\d ids and an embedding of 320 rows"):
         engine(path=path)
+
+
+def test_a_special_token_without_a_row_is_refused_where_it_is_written(copy, engine):
+    path = copy()
+    told = json.loads((path / "tokenizer.json").read_text())
+    token = told["added_tokens"][0] | {"special": True}
+    told["added_tokens"] += [token | {"id": 300 + n, "content": f"<{n}>"} for n in range(40)]
+    (path / "tokenizer.json").write_text(json.dumps(told))
+    opened = engine(path=path)
+    list(opened.answers([Generate("x = 1", 2)]))
+    with pytest.raises(ModelError, match=r"the token '<39>'"):
+        list(opened.answers([Generate("x = <39>", 2)]))
 
 
 @pytest.mark.parametrize("count", [0, 64, 100])

@@ -114,6 +114,9 @@ def _carry_out(
         return
     folder = runs / (run_name or f"{name.replace('.', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
     with Run.start(folder, resolved, tell=typer.echo, accept=accept_changes.split(",")) as run:
+        if run.state["status"] == "finished":
+            run.tell(f"{folder} is finished; nothing to do. Choose another --name to run it again.")
+            return
         result = card.load()(run.recipe, run)
         run.charge(card.full_name)
         run.finish("finished")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from espalier import files, records
+from espalier import files, records, run
 from espalier.data import tokenizer as tokenizers
 from espalier.data.prepare import Corpus, DataRecipe
 from espalier.errors import DataError, RunError
 from espalier.folder import tokenizer_files
 
-RECORD = "data.json"
+RECORD = run.ORIGIN
 TOKENIZER = "tokenizer"  # a folder with the run's own copy
 SHOWN = 12  # digits of a hash that tell one from another
 

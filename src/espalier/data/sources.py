@@ -7,6 +7,7 @@ their members would land, and how large they become, is theirs to say.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import os
@@ -58,6 +59,7 @@ TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES // 2**20} MiB"
 # Rows in memory at a time, where it isn't known how long each is.
 HELD_BYTES = 16 * MAX_DOCUMENT_BYTES
 ARCHIVE = "archive, not unpacked"
+ARROW_FILE = b"ARROW1"  # how one begins
 BadFiles = Literal["refuse", "quarantine"]
 
 
@@ -319,6 +321,8 @@ def _read_group(file: Any, group: int, origin: str, source: Source) -> Iterator[
     A few bytes of the file can stand for gigabytes of text: every row may be the same long word of a dictionary.
     """
     stated = file.metadata.row_group(group)
+    if not stated.num_rows:
+        return
     columns = (stated.column(number) for number in range(stated.num_columns))
     size = sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] == source.column)
     if size > MAX_DOCUMENT_BYTES * stated.num_rows:
@@ -332,16 +336,30 @@ def _read_group(file: Any, group: int, origin: str, source: Source) -> Iterator[
 
 
 def _read_arrow(path: Path, origin: str, source: Source, quarantine: Quarantine) -> Iterator[Document]:
-    """Rows as `Dataset.save_to_disk` writes them: an Arrow stream."""
+    """Rows of an Arrow stream, as `Dataset.save_to_disk` writes them, or of an Arrow file, also called Feather."""
     import pyarrow
 
     numbers = itertools.count()
     try:
-        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            _require_column(origin, source.column, stream.schema.names)
-            yield from _read_batches(stream, numbers, origin, source, quarantine)
+        with pyarrow.memory_map(str(path)) as file, _arrow_batches(file) as (schema, batches):
+            _require_column(origin, source.column, schema.names)
+            yield from _read_batches(batches, numbers, origin, source, quarantine)
     except (pyarrow.ArrowException, OSError) as error:
         quarantine.add_rest(origin, "damaged Arrow", error, read=next(numbers), stated=None)
+
+
+@contextlib.contextmanager
+def _arrow_batches(file: Any) -> Iterator[tuple[Any, Iterable[Any]]]:
+    """(schema, batches) of an Arrow stream or file."""
+    from pyarrow import ipc
+
+    if file.read(len(ARROW_FILE)) == ARROW_FILE:
+        with ipc.open_file(file) as arrow:
+            yield arrow.schema, (arrow.get_batch(number) for number in range(arrow.num_record_batches))
+    else:
+        file.seek(0)
+        with ipc.open_stream(file) as stream:
+            yield stream.schema, stream
 
 
 def _read_batches(

@@ -296,7 +296,7 @@ def _to_the_end(recipe: GrowthRecipe, pace: Pace, setting: Setting, state: State
     if ending == "signal":
         save.now(state)
         return Outcome(state, ending)
-    saver.finish()
+    save.now(state)  # what is killed from here on evaluates and exports the same model
     return Outcome(state, ending, validates[state.progress.stage].now(state))
 
 

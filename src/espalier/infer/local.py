@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -63,7 +63,8 @@ class Local:
         dtype = recipe.local.dtype
         model = build.load(folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
         passes = Passes(model.to("cuda" if torch.cuda.is_available() else "cpu"), folder)
-        ids = max(tokenizer.get_vocab().values()) + 1
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids = max(set(tokenizer.get_vocab().values()) - special) + 1
         if ids > passes.vocabulary:
             raise ModelError(
                 recipe.model,
@@ -227,7 +228,19 @@ class Local:
             part = list(map(require_unicode, part))
             if part:
                 found |= dict(zip(part, self.tokenizer(part, add_special_tokens=add).input_ids, strict=True))
+        self._require_rows(found.values())
         return found
+
+    def _require_rows(self, encoded: Iterable[list[int]]) -> None:
+        """Refuse a special token that the embedding has no row for, where it is written after all."""
+        beyond = max((max(ids, default=0) for ids in encoded), default=0)
+        if beyond >= self.passes.vocabulary:
+            raise ModelError(
+                str(self.folder.path),
+                found=f"the token {self.tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}) in what is asked",
+                expected=f"one of the {self.passes.vocabulary} that the embedding has a row for",
+                mend="Leave it out of the prompt or the chat template.",
+            )
 
     # Times.
 
