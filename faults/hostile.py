@@ -8,6 +8,7 @@ and file outside; so the hook, and whatever the artefact did, is gone with the c
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import io
 import json
@@ -466,8 +467,8 @@ def _child(artefact: Artefact, path: Path, folder: Path, writable: int) -> None:
         os.environ.update(ESPALIER_HOME=str(folder / ".home"), HF_HUB_OFFLINE="1")
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
+        before = _from_here()
         _watch(folder)
-    before = _resident()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -481,6 +482,13 @@ def _child(artefact: Artefact, path: Path, folder: Path, writable: int) -> None:
     with os.fdopen(writable, "w") as pipe:
         json.dump(vars(told), pipe)
     os._exit(0)
+
+
+def _from_here() -> int:
+    """Count the most memory from here on; what is free inside the process would hide what is taken, and is let go."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident()
 
 
 def _resident() -> int:
@@ -513,7 +521,8 @@ def _watch(folder: Path) -> None:
                 and not (name + "/").startswith(own + "/")
                 and not name.endswith(".jsonl")
             )
-            if (beside and ".home" not in name) or name in ("/etc/passwd", "/etc/shadow") or (writes and beside):
+            own_work = ".home" in name and ("/.partial-" in name or not writes)
+            if (beside and not own_work) or name in ("/etc/passwd", "/etc/shadow"):
                 note(f"open {name}")
         elif event == "exec" and getattr(args[0], "co_filename", "").startswith(own):
             note(f"ran {args[0].co_filename}")
