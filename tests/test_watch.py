@@ -133,7 +133,7 @@ def test_stopped_ranks_of_several_machines_are_killed_each_on_its_own(tmp_path, 
 
         os.kill = kill
         if world.rank in (1, 2):
-            time.sleep(0.4 * (world.rank - 1))
+            time.sleep(0.6 * (world.rank - 1))
             real(os.getpid(), signal.SIGSTOP)
         world.gathered(1)
 
