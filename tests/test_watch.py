@@ -1,9 +1,12 @@
 """The watch: whichever rank dies, stops, hangs or fails, every rank ends in time and names it; healthy ones don't."""
 
+import contextlib
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from functools import partial
@@ -85,6 +88,76 @@ def test_every_rank_ends_in_time_and_names_the_one_at_fault(name, culprit, size,
             assert f"rank {culprit}: " in fate.said
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_are_all_paused_for_a_while_go_on(first, tmp_path):
+    """As a scheduler does it, for longer than the deadline; one of them wakes a moment before the other."""
+
+    def work(world: World) -> None:
+        pids = world.gathered(os.getpid())
+        wakes, later = pids[first], pids[1 - first]
+        pause = f"sleep 0.5; kill -STOP {wakes} {later}; sleep 4; kill -CONT {wakes}; sleep 0.4; kill -CONT {later}"
+        begin, step = time.monotonic(), 0
+        if world.leads:
+            subprocess.Popen(["sh", "-c", pause])
+        while world.told(time.monotonic() - begin < 4.5 + DEADLINE):
+            step += 1
+            watch.at(step, "forward and backward")
+            time.sleep(0.01)
+
+    assert [(fate.code, fate.said) for fate in fates(2, work, tmp_path, deadline=DEADLINE)] == [(0, "")] * 2
+
+
+def test_a_pause_is_no_part_of_a_silence_or_of_what_lasts():
+    leader = watch._Leader(watch._listening(1), "secret", 2, deadline=DEADLINE, patience=60)
+    seen = leader.seen[0]
+    then, leader._turn = leader._turn, leader._turn - 100.0
+    seen.heard, seen.moved, leader._first_sign = then - 101.0, then - 102.0, then - 100.5
+    now = leader._begin_turn([seen])
+    since = [now - seen.heard, now - seen.moved, now - leader._first_sign]
+    leader._thread.start()
+    leader.end()
+    assert since == pytest.approx([1.0, 2.0, 0.5])
+
+
+def test_stopped_ranks_of_several_machines_are_killed_each_on_its_own(tmp_path, monkeypatch):
+    """Two machines, of two ranks each, one of which stops; on one of them a little later."""
+
+    real = os.kill
+
+    def work(world: World) -> None:
+        pids = world.gathered(os.getpid())
+
+        def kill(pid, number):
+            (tmp_path / f"{world.rank} kills {pids.index(pid)}").touch()
+            real(pid, number)
+
+        os.kill = kill
+        if world.rank in (1, 2):
+            time.sleep(0.6 * (world.rank - 1))
+            real(os.getpid(), signal.SIGSTOP)
+        world.gathered(1)
+
+    monkeypatch.setattr(socket, "gethostname", lambda: f"machine-{int(os.environ['RANK']) % 2}")
+    begin = time.monotonic()
+    ended = fates(4, work, tmp_path, deadline=DEADLINE)
+    assert [fate.code for fate in ended] == [RankError.exit_code, -signal.SIGKILL, -signal.SIGKILL, RankError.exit_code]
+    assert max(fate.time for fate in ended) - begin < 2 * LATEST
+    assert sorted(path.name for path in tmp_path.glob("* kills *")) == ["0 kills 2", "3 kills 1"]
+    for fate in (ended[0], ended[3]):
+        assert re.search(r"rank 1 \(pid \d+ on machine-1\)", fate.said)
+        assert re.search(r"rank 2 \(pid \d+ on machine-0\)", fate.said)
+
+
+def test_a_rank_that_has_done_well_ends_as_the_others_do_that_have_not(tmp_path):
+    def work(world: World) -> None:
+        world.gathered(0)
+        if world.leads:
+            fail()
+        watch._current._judged.wait(10)
+
+    assert [fate.code for fate in fates(2, work, tmp_path, deadline=DEADLINE)] == [DataError.exit_code] * 2
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_who_keeps_torch_waiting_too_long_is_named_by_those_who_gave_up(culprit, tmp_path):
     work = steps_until(lambda: time.sleep(60), culprit, tmp_path)
@@ -100,6 +173,15 @@ OWN = {
     "nccl memory": lambda: distributed.DistBackendError(
         f"{NCCL}unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\n"
         "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    "nccl launch": lambda: distributed.DistBackendError(
+        f"{NCCL}unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+        "Cuda failure 702 'the launch timed out and was terminated'"
+    ),
+    "nccl watchdog": lambda: distributed.DistBackendError(
+        "[Rank 0] Process group watchdog thread terminated with exception: CUDA error: the launch timed out and was "
+        "terminated"
     ),
     "nccl usage": lambda: distributed.DistBackendError(
         f"{NCCL}invalid usage, NCCL version 2.27.3\nncclInvalidUsage: This usually reflects invalid usage of NCCL "
@@ -321,25 +403,47 @@ def test_many_bytes_have_more_time(ranks, monkeypatch):
     assert ranks(2, work) == [0, 0]
 
 
-def test_strangers_are_not_listened_to(ranks):
+def test_strangers_are_not_listened_to_and_none_stays(ranks):
     def work(world: World) -> int:
-        with watch.over(world, deadline=5, patience=60):
-            if world.leads:
-                place = watch._current._server.getsockname()
-                for said in (
-                    b"",
-                    b'{"key": "guessed", "rank": 1}\n{"ends": {}}\n',
-                    b"GET / HTTP/1.0\r\n\r\n",
-                    b"[]\n" * 9,
-                ):
-                    with socket.create_connection(place, timeout=5) as stranger:
-                        stranger.sendall(said)
-                time.sleep(1.0)  # a verdict would have fallen
-                assert set(watch._current.seen) == {0, 1}
-            world.gathered(0)
+        leader = watch._Leader(watch._listening(1), "secret", 2, deadline=20, patience=60)
+        place = leader._server.getsockname()
+        leader._thread.start()
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        socket.create_connection(place).close()
+        guess = b'{"key": "guessed", "rank": 1}\n{"ends": {}}\n'
+        for said in (guess, b"GET / HTTP/1.0\r\n\r\n", b"[]\n" * 9, b" " * 2**22):
+            with socket.create_connection(place, timeout=5) as stranger, contextlib.suppress(ConnectionError):
+                stranger.sendall(said)
+                assert stranger.recv(1) == b""
+        with socket.create_connection(place, timeout=5) as rank:
+            me = {"rank": 1, "pid": 1, "host": "elsewhere", "post": leader._post()}
+            rank.sendall(json.dumps({"key": "secret", **me}).encode() + b"\n")
+            assert rank.recv(1)
+            time.sleep(1.0)  # a verdict would have fallen
+            assert set(leader.seen) == {0, 1}
+            both_ends_less_server = 2 - 1
+            assert len(list(Path("/proc/self/fd").iterdir())) == before + both_ends_less_server
+            with pytest.raises(ConnectionError):
+                socket.create_connection(place, timeout=5)
+            rank.sendall(b'{"ends": null}\n')
+        leader.end()
+        assert leader._verdict is None
         return 0
 
-    assert ranks(2, work) == [0, 0]
+    assert ranks(1, work) == [0]
+
+
+@pytest.mark.parametrize("size", [1, 7, 10**6])
+def test_a_message_may_come_in_any_pieces(size):
+    said = [{"post": "x" * length} for length in (0, 1, 50, 3000)] + [{}]
+    data = b"".join(json.dumps(message).encode() + b"\n" for message in said)
+    here, there = socket.socketpair()
+    with here, there:
+        line, heard = watch._Line(there), []
+        for start in range(0, len(data), size):
+            here.sendall(data[start : start + size])
+            heard += line.read()
+    assert heard == said
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

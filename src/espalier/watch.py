@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,6 +50,7 @@ SETTLE = 0.3  # seconds in which signs of one fault reach the leader: the death 
 SOON = 0.05  # seconds between the signs of one fault, from one rank and another
 GRACE = 0.7  # seconds in which the work may end by itself
 CONNECTING = 20.0  # seconds
+LONGEST = 2**20  # bytes of a message
 
 Message = dict[str, Any]
 E = TypeVar("E", bound=BaseException)
@@ -116,6 +117,7 @@ def over(world: World, *, deadline: float, patience: float) -> Iterator[None]:
     patience  seconds that a phase may last that has never been seen before
 
     An error of torch's by which the block ends because another rank is lost is raised as what the others say of it.
+    What they say is raised even if the block ends well.
     """
     global _current
     watch = _met(world, deadline, patience)
@@ -130,18 +132,19 @@ def over(world: World, *, deadline: float, patience: float) -> Iterator[None]:
         raise
     else:
         watch.end()
+        if watch._verdict:
+            raise watch._verdict.error()
     finally:
         _current = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ends a run: an error in the words of rank `by`, and the processes on `host` that can't end by themselves."""
+    """What ends a run: an error in the words of rank `by`, and the host and pid of who can't end by themselves."""
 
     told: Message
     by: int
-    kill: tuple[int, ...] = ()
-    host: str = ""
+    kill: tuple[tuple[str, int], ...] = ()
 
     def error(self) -> Exception:
         return errors.from_json(self.told, rank=self.by)
@@ -187,7 +190,7 @@ class _Line:
     """An end of a connection on which JSON goes, a line a message."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection, self._rest = connection, b""
+        self.connection, self._rest = connection, bytearray()
         connection.settimeout(1.0)
 
     def send(self, message: Message) -> None:
@@ -195,14 +198,17 @@ class _Line:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> list[Message] | None:
-        """What has come; None once the other end is closed, or says what isn't JSON."""
+        """What has come; None once the other end is closed, or says what isn't JSON, or without an end."""
         try:
             data = self.connection.recv(2**16)
         except OSError:
             data = b""
         if not data:
             return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._rest += data
+        if b"\n" not in data:
+            return [] if len(self._rest) <= LONGEST else None
+        *lines, self._rest = self._rest.split(b"\n")
         try:
             return [dict(json.loads(line)) for line in lines]
         except (ValueError, TypeError, RecursionError):
@@ -230,6 +236,8 @@ class _Watch:
         self.period = min(1.0, deadline / 10)
         self.lasted: dict[str, float] = {}
         self._work, self._since = threading.get_ident(), time.monotonic()
+        self._turn = self._since
+        self._first_sign: float | None = None
         self._place: Message = {"step": 0, "phase": "starting", "moves": 0, "limit": min(FIRST, patience)}
         self._verdict: Verdict | None = None
         self._judged, self._left = threading.Event(), threading.Event()
@@ -310,6 +318,21 @@ class _Watch:
     def _look(self) -> Verdict | None:
         raise NotImplementedError
 
+    def _begin_turn(self, others: Iterable[Seen]) -> float:
+        """When this turn begins, which is the time to judge others by: a pause in the middle is the next turn's.
+
+        A process that was paused, by a scheduler say, hasn't listened. The others were paused with it, maybe, and wake
+        a moment later, so that this time is taken off their silence.
+        """
+        now = time.monotonic()
+        if (paused := now - self._turn) > 5 * self.period:
+            for seen in others:
+                seen.heard, seen.moved = seen.heard + paused, seen.moved + paused
+            if self._first_sign:
+                self._first_sign += paused
+        self._turn = now
+        return now
+
     def _carry_out(self, verdict: Verdict) -> None:
         """Kill who can't end; then this process ends, by its work if that can still raise the verdict.
 
@@ -317,8 +340,8 @@ class _Watch:
         """
         self._verdict, error = verdict, verdict.error()
         self._judged.set()
-        for pid in verdict.kill:
-            _kill_sibling(pid, verdict.host)
+        for host, pid in verdict.kill:
+            _kill_sibling(host, pid)
         end = time.monotonic() + (GRACE if isinstance(error, RankError) else self.deadline)
         self._part()
         if not self._left.wait(end - time.monotonic()):
@@ -359,24 +382,25 @@ class _Leader(_Watch):
         self.seen = {0: Seen(0, os.getpid(), socket.gethostname(), self._post())}
         self._selector.register(server, selectors.EVENT_READ, self._greet)
         self._open.append(server)
-        self._server = server
-        self._first_sign: float | None = None
+        self._server, self._missing = server, size - 1
         self._meters: dict[int, float] = {}
 
     def _look(self) -> Verdict | None:
         told = 0.0
         while not self._left.is_set():
-            for key, _ in self._selector.select(self.period if self._first_sign is None else SETTLE / 3):
+            ready = self._selector.select(self.period if self._first_sign is None else SETTLE / 3)
+            now = self._begin_turn(self.seen.values())
+            for key, _ in ready:
                 if key.data:
                     key.data()
                 else:
                     key.fileobj.recv(64)  # type: ignore[union-attr]
             self.seen[0].take(self._post())
             self.seen[0].astray = self._astray
-            if time.monotonic() - told >= self.period:
-                told = time.monotonic()
+            if now - told >= self.period:
+                told = now
                 self._tell({"lives": 0})
-            if verdict := self._judge():
+            if verdict := self._judge(now):
                 self._tell({"verdict": vars(verdict)})
                 return verdict
         if self._error:
@@ -400,7 +424,10 @@ class _Leader(_Watch):
 
     def _greet(self) -> None:
         """Somebody connects; a rank says who it is first."""
-        connection, _ = self._server.accept()
+        try:
+            connection, _ = self._server.accept()
+        except OSError:  # they went again, or all ranks have come a moment ago
+            return
         line = _Line(connection)
         self._open.append(connection)
 
@@ -416,6 +443,10 @@ class _Leader(_Watch):
             if seen is None and message.get("key") == self.key:
                 seen = Seen(message["rank"], message["pid"], message["host"], message["post"], line)
                 self.seen[seen.rank] = seen
+                self._missing -= 1
+                if not self._missing:  # nobody else has business here
+                    self._selector.unregister(self._server)
+                    self._server.close()
             elif seen is None:
                 messages = None  # no rank of ours
                 break
@@ -430,14 +461,16 @@ class _Leader(_Watch):
         if messages is None:
             self._selector.unregister(line.connection)
             line.say_no_more()
-            if seen and seen.rank in self.seen and not seen.failed:
+            if seen is None:
+                line.connection.close()
+            elif seen.rank in self.seen and not seen.failed:
                 seen.gone, seen.heard = True, time.monotonic()
 
-    def _judge(self) -> Verdict | None:
+    def _judge(self, now: float) -> Verdict | None:
         """What the signs come to; None while all is well, or a sign is too young."""
-        now, all_seen = time.monotonic(), list(self.seen.values())
+        all_seen = list(self.seen.values())
         if any(seen.gone or seen.failed or seen.astray for seen in all_seen):
-            self._first_sign = self._first_sign or now
+            self._first_sign = self._first_sign or time.monotonic()
             gone = [seen for seen in all_seen if seen.gone]
             failed = [seen for seen in all_seen if seen.failed]
             if now - self._first_sign < SETTLE and (failed or not gone):
@@ -446,8 +479,10 @@ class _Leader(_Watch):
             if gone and all(gone[0].heard < seen.heard + SOON for seen in failed):
                 return _gone(gone, self.seen[0].post)
             return self._first_failed() if failed else self._unreached(now - self._first_sign)
-        if silent := [seen for seen in all_seen if now - seen.heard > self.deadline]:
-            return _silent(silent, self.seen[0].post, now - min(seen.heard for seen in silent), self.deadline)
+        silence = now - min(seen.heard for seen in all_seen)
+        if silence > self.deadline:
+            silent = [seen for seen in all_seen if now - seen.heard > self.deadline / 2]  # some a little later
+            return _silent(silent, self.seen[0].post, silence, self.deadline)
         last, standing = _last(all_seen), now - max(seen.moved for seen in all_seen)
         limit = max(seen.post["limit"] for seen in last)
         if standing > limit and len(all_seen) == self.size:
@@ -488,32 +523,33 @@ class _Follower(_Watch):
     def _look(self) -> Verdict | None:
         posted = 0.0
         while not self._left.is_set():
-            for key, _ in self._selector.select(self.period):
+            ready = self._selector.select(self.period)
+            now = self._begin_turn([self.leader])
+            for key, _ in ready:
                 if not key.data:
                     key.fileobj.recv(64)  # type: ignore[union-attr]
                     posted = 0.0  # there is something new to say
                     continue
                 messages = self.line.read()
                 if messages is None:
-                    return self._without_leader()
-                self.leader.heard = time.monotonic()
+                    return self._without_leader(now)
+                self.leader.heard = now
                 for message in messages:
                     if "verdict" in message:
                         return Verdict(**message["verdict"])
                     if "ends" in message:
                         return None
-            now = time.monotonic()
             if now - self.leader.heard > self.deadline:
-                return self._without_leader()
+                return self._without_leader(now)
             if now - posted >= self.period:
                 posted = now
                 self.line.send({"post": self._post(), "astray": self._astray})
         self.line.send({"ends": self._error})
         return None
 
-    def _without_leader(self) -> Verdict:
+    def _without_leader(self, now: float) -> Verdict:
         """It is gone; or silent, and maybe killed for that by a rank that was a moment earlier to see it."""
-        silence = time.monotonic() - self.leader.heard
+        silence = now - self.leader.heard
         if silence > self.deadline / 2:
             return _silent([self.leader], self._post(), silence, self.deadline)
         return _gone([self.leader], self._post())
@@ -596,8 +632,7 @@ def _silent(seen: list[Seen], missed: Message, seconds: float, deadline: float) 
         found=f"silence for {seconds:.0f} s, missed at {_place(missed)}",
         expected=f"a sign of life every {deadline:g} s",
         mend=_AGAIN,
-        kill=tuple(each.pid for each in seen),
-        host=seen[0].host,
+        kill=tuple((each.host, each.pid) for each in seen),
     )
 
 
@@ -615,10 +650,10 @@ def _cut_off(seen: list[Seen]) -> Verdict:
     )
 
 
-def _lost(seen: list[Seen], *, kill: tuple[int, ...] = (), host: str = "", **parts: str) -> Verdict:
+def _lost(seen: list[Seen], *, kill: tuple[tuple[str, int], ...] = (), **parts: str) -> Verdict:
     more = f" and {len(seen) - 4} more" if len(seen) > 4 else ""
     error = RankError(", ".join(each.who() for each in seen[:4]) + more, **parts)
-    return Verdict(errors.to_json(error), 0, kill, host)
+    return Verdict(errors.to_json(error), 0, kill)
 
 
 def _last(seen: list[Seen]) -> list[Seen]:
@@ -643,6 +678,8 @@ NCCL = re.compile(
     r"ncclRemoteError|[Tt]im(ed|ing) out|[Tt]imeout|[Cc]onnection (closed|refused|reset)|Broken pipe|No route to host"
     r"|unreachable|completion from peer"
 )
+# What they say of this rank's device, whose own faults may be in words like those: a launch may time out.
+DEVICE = re.compile(r"cuda ?(error|failure)", re.IGNORECASE)
 
 
 def _is_lost_contact(error: BaseException) -> bool:
@@ -653,7 +690,7 @@ def _is_lost_contact(error: BaseException) -> bool:
     from torch import distributed
 
     if isinstance(error, distributed.DistBackendError):
-        return NCCL.search(str(error)) is not None
+        return NCCL.search(str(error)) is not None and DEVICE.search(str(error)) is None
     lost = isinstance(error, distributed.DistNetworkError | distributed.DistStoreError)
     return lost or (isinstance(error, RuntimeError) and GLOO.search(str(error)) is not None)
 
@@ -679,7 +716,7 @@ def _nothing(error: Exception) -> None:
     """What is told where nobody has to be."""
 
 
-def _kill_sibling(pid: int, host: str) -> None:
+def _kill_sibling(host: str, pid: int) -> None:
     """Kill a stopped rank of this machine: of the processes with this one's parent, which are all about to end."""
     import psutil
 
