@@ -86,17 +86,6 @@ class Tokens:
             start, count, index = start + len(piece), count - len(piece), index + 1
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
-    def verify(self) -> None:
-        """Compare every shard with its recorded hash; a `DataError` names the first that changed."""
-        for shard in self.shards:
-            if not self.is_whole(shard):
-                raise DataError(
-                    str(self.path / shard.name),
-                    found="a shard that is missing or has changed since it was written",
-                    expected=f"sha256 {shard.sha256}",
-                    mend="Restore it, or delete the folder to have the split tokenised again.",
-                )
-
     def is_whole(self, shard: Shard) -> bool:
         """Whether a shard's file is the one that was written, and ends as the card says that documents do."""
         path, size = self.path / shard.name, np.dtype(self.dtype).itemsize
