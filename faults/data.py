@@ -23,7 +23,7 @@ from espalier.run import FINAL
 from espalier.spec import ModelSpec
 from faults import calls
 from faults.sheet import Row
-from faults.small import NAME, RECIPE, Setting, ends_with, fresh, silent
+from faults.small import NAME, RECIPE, Setting, ends_with, fresh, of_damage, silent
 
 STOP = 12  # the step of the checkpoint after which the run is killed
 SHARDS = "tokens/*/shard-*.bin"
@@ -90,8 +90,6 @@ def _compared(place: Path, **changes: Any) -> list[str]:
     stated = json.loads((place / "runs" / "recipe.yaml").read_text())["data"]
     recipe, folder = DataRecipe.model_validate(stated | changes), place / "runs" / NAME
     text = corpus(origin.with_own_tokenizer(recipe, folder), home=place / "home", tell=told.append)
-    for tokens in (text.train, text.validation):
-        tokens.verify()
     origin.require_same(folder, text, accept="", tell=told.append)
     return told
 
@@ -107,9 +105,9 @@ def _found(setting: Setting, place: Path) -> Row:
         if not _change(path, kind, dice, [other for other in _files(place, READ[what]) if other != path]):
             continue
         end = setting.seen(calls.forked(partial(_compared, place)))
-        if end.error and "kind" in end.error:
+        if _is_refusal(end):
             refused += 1
-        elif end.result and any(word in line for line in end.result for word in ("damaged", "isn't as", "can't be")):
+        elif of_damage(end.result or []):
             again += 1
         else:
             missed.append(f"{what}, {path.name}, {kind}: {end.error or 'not found'}")
@@ -134,7 +132,7 @@ def _touched(setting: Setting, place: Path) -> Row:
         for path in _files(place, pattern):
             os.utime(path, (1, 1))
         end = calls.forked(partial(_compared, place))
-        if end.result is None or any("damaged" in line or "isn't as" in line for line in end.result):
+        if end.result is None or of_damage(end.result):
             alarms.append(f"{what}: {end.error or end.result}")
     for path in _files(place, "**/*"):
         os.utime(path, (2, 2))
@@ -160,20 +158,20 @@ def _by_consent(setting: Setting, place: Path) -> Row:
     own = place / "runs" / NAME / origin.TOKENIZER / "tokenizer.json"
     before = files.sha256(own)
     refused = setting.seen(calls.forked(partial(_carry_out, place)))
-    digest = refused.error["mend"].split()[-1].rstrip(".") if refused.error else ""
+    digest = refused.error["mend"].split()[-1].rstrip(".") if _is_refusal(refused) else ""
     other = calls.forked(partial(_carry_out, place, accept_data="0" * 12))
     end = calls.forked(partial(_carry_out, place, accept_data=digest))
     final = place / "runs" / NAME / FINAL / "tokenizer.json"
     kept = end.result == 0 and files.sha256(final) == files.sha256(own) == before
-    reached = bool(refused.error and other.error) and kept
+    reached = _is_refusal(refused) and _is_refusal(other) and kept
+    ends = ["taken" if each.result == 0 else "refused" for each in (refused, other, end)]
     return Row(
         "F9",
         "edited sources: taken up without consent, with another's hash, with theirs",
-        f"{'refused' if refused.error else 'taken'}, {'refused' if other.error else 'taken'}, "
-        f"{'taken' if end.result == 0 else 'refused'}; the run's tokenizer {'kept' if kept else 'lost'}",
+        f"{', '.join(ends)}; the run's tokenizer {'kept' if kept else 'lost'}",
         "refused, refused, taken; kept",
         reached,
-        "" if reached else f"{refused.error} {end.error}",
+        "" if reached else f"{refused.error} {other.error} {end.error}",
         trials=3,
         of=3,
     )
@@ -249,7 +247,10 @@ def _tokenizers(setting: Setting, place: Path) -> Row:
 
 def _model_tokenizers(setting: Setting) -> Row:
     """A model folder whose tokenizer was changed, with its manifest and as a copy without."""
-    wrong, tried = [], 0
+    wrong, tried = [], 1
+    unchanged = fresh(setting.small.run / FINAL, setting.place / "model")
+    if (end := calls.forked(partial(_opened, unchanged))).result is None:
+        wrong.append(f"unchanged: {end.error}")
     for change in CHANGES:
         for manifest in (True, False):
             folder = fresh(setting.small.run / FINAL, setting.place / "model")
@@ -259,9 +260,11 @@ def _model_tokenizers(setting: Setting) -> Row:
                 if files.sha256(folder / "tokenizer.json") == json.loads((folder / MADE).read_text())["tokenizer"]:
                     continue  # the user's to change: nothing that the ids stand for is
             tried += 1
-            if not setting.seen(calls.forked(partial(_opened, folder))).error:
-                wrong.append(f"{change.name}, {'with' if manifest else 'without'} its manifest: taken")
-    row = _verdicts("F15", "a model folder's tokenizer changed before it is opened", tried, wrong, "100% refused")
+            end = setting.seen(calls.forked(partial(_opened, folder)))
+            if not _is_refusal(end):
+                wrong.append(f"{change.name}, {'with' if manifest else 'without'} its manifest: {end.error or 'taken'}")
+    what = "a model folder opened as it is, and with its tokenizer changed"
+    row = _verdicts("F15", what, tried, wrong, "the first taken, 100% of the others refused")
     why = "template and end of text of a folder without a manifest aren't on record; a run that has one takes them down"
     return Row(**{**asdict(row), "why": "; ".join([*wrong[:3], why])})
 
@@ -292,7 +295,7 @@ def _special_ids(setting: Setting) -> Row:
         nonlocal tried
         tried += 1
         end = setting.seen(calls.forked(partial(_opened, folder)))
-        if (end.result == ROWS) != right or (not right and "kind" not in (end.error or {})):
+        if not (end.result == ROWS if right else _is_refusal(end)):
             wrong.append(f"{name}: {end.error or end.result}")
 
     for tied in (True, False):
@@ -325,7 +328,14 @@ def _special_ids(setting: Setting) -> Row:
 
 def _add_many(told: dict[str, Any]) -> None:
     first = told["added_tokens"][0]
-    told["added_tokens"] += [{**first, "id": number, "content": f"<{number}>"} for number in range(300, ROWS + 4)]
+    told["added_tokens"] += [
+        {**first, "id": number, "content": f"<{number}>", "special": False} for number in range(300, ROWS + 4)
+    ]
+
+
+def _is_refusal(end: calls.End) -> bool:
+    """Whether work ended with an error that the product means; a traceback is none."""
+    return "kind" in (end.error or {})
 
 
 def _verdicts(goal: str, what: str, tried: int, wrong: list[str], wanted: str) -> Row:

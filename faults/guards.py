@@ -3,7 +3,8 @@
     python -m faults.guards FILE [FILE ...]     such as data/pack.py
 
 Too slow for the suite; what was found stands in removed/, a file for each source file, and the sheet shows it. A guard
-that a test has noticed isn't tried again while it reads the same: delete its file in removed/ to try all of it anew.
+that a test has noticed isn't tried again while it reads the same and that test is there: delete its file in removed/ to
+try all of it anew.
 
 A guard is one of these:
     a `raise` of an error: without it work goes on, in an `except` clause with the error that was caught
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 REMOVED = Path(__file__).with_name("removed")
 GUARDED = (
     *("changes.py", "dataset.py", "files.py", "folder.py", "ledger.py", "planner.py", "records.py", "run.py"),
-    *("untrusted.py", "world.py"),
+    *("template.py", "untrusted.py", "world.py"),
     *(f"data/{name}.py" for name in ("origin", "pack", "prepare", "sources", "stream", "tokenizer")),
     *(f"train/{name}.py" for name in ("checkpoint", "guards", "loop")),
 )
@@ -65,22 +66,29 @@ class Guard:
     without: str
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What the tests said without a guard, and when."""
+
+    outcome: str
+    date: str
+
+
 def removed(setting: Setting) -> list[Row]:
     """What the latest removals of guards found, as far as those guards are still there."""
     outcomes: dict[str, str] = {}
     untried, dates, possible = [], set(), 0
     for file in GUARDED:
-        record, there = _record(file), _guards_of(SOURCE / file)
-        known = [guard.name for guard in there if guard.name in record["guards"]]
+        there = _guards_of(SOURCE / file)
+        known = _known(file, there)
         possible += len(there)
-        outcomes |= {f"{file}: {name}": record["guards"][name] for name in known}
-        if known:
-            dates.add(record["date"])
+        outcomes |= {f"{file}: {name}": trial.outcome for name, trial in known.items()}
+        dates |= {trial.date for trial in known.values()}
         if len(known) < len(there):
             untried.append(f"{file} ({len(there) - len(known)} of {len(there)})")
     red = _among(outcomes, RED)
     share = len(red) / max(1, len(outcomes))
-    files, when = len(GUARDED) - len(untried), ", ".join(sorted(dates))
+    files, when = len(GUARDED) - len(untried), " to ".join(sorted({min(dates), max(dates)})) if dates else "never"
     why = [f"{said}: {'; '.join(names)}" for kind, said in TOLD.items() if (names := _among(outcomes, kind))]
     why += [f"not tried yet: {', '.join(untried)}"] * bool(untried)
     others = [path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).as_posix() not in GUARDED]
@@ -106,27 +114,38 @@ def _among(outcomes: dict[str, str], kind: str) -> list[str]:
 def main(files: list[str]) -> None:
     """Try the guards of some files that no test is known to notice, and write down what was found."""
     for file in files:
-        known = _record(file)["guards"]
         there = _guards_of(SOURCE / file)
-        outcomes = {guard.name: known[guard.name] for guard in there if known.get(guard.name, "").startswith(RED)}
+        trials = {name: trial for name, trial in _known(file, there).items() if trial.outcome.startswith(RED)}
         for guard in there:
-            if guard.name not in outcomes:
-                outcomes[guard.name] = outcome(file, guard.without)
-                print(f"{file}: {guard.name}: {outcomes[guard.name]}", flush=True)
-                _write_record(file, {guard.name: outcomes[guard.name] for guard in there if guard.name in outcomes})
+            if guard.name not in trials:
+                trials[guard.name] = Trial(outcome(file, guard.without), today())
+                print(f"{file}: {guard.name}: {trials[guard.name].outcome}", flush=True)
+                _write_record(file, {guard.name: trials[guard.name] for guard in there if guard.name in trials})
 
 
-def _record(file: str) -> dict[str, Any]:
-    """What is known of a file's guards, by their names, and since when."""
+def _known(file: str, there: Iterable[Guard]) -> dict[str, Trial]:
+    """What is known of the guards that are there, by their names."""
     path = REMOVED / f"{file}.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"guards": {}}
-    return record
+    record = json.loads(path.read_text()) if path.exists() else {}
+    trials = {guard.name: Trial(**record[guard.name]) for guard in there if guard.name in record}
+    return {name: trial for name, trial in trials.items() if _stands(trial)}
 
 
-def _write_record(file: str, outcomes: dict[str, str]) -> None:
+def _stands(trial: Trial) -> bool:
+    """Whether a trial still says something: not if the test that turned red is gone."""
+    file, _, test = trial.outcome.removeprefix(f"{RED}: ").partition("::")
+    return not trial.outcome.startswith(RED) or f"def {test}(" in _text(ROOT / file)
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _write_record(file: str, trials: dict[str, Trial]) -> None:
     path = REMOVED / f"{file}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"date": today(), "guards": outcomes}, indent=2) + "\n")
+    path.write_text(json.dumps({name: asdict(trial) for name, trial in trials.items()}, indent=2) + "\n")
 
 
 def _guards_of(path: Path) -> list[Guard]:

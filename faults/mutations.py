@@ -11,7 +11,8 @@ from pathlib import Path
 
 from espalier import files, records
 from espalier.data.origin import RECORD
-from espalier.data.pack import Tokens
+from espalier.data.pack import CARD
+from espalier.data.prepare import DataRecipe, corpus
 from espalier.dataset import Dataset
 from espalier.errors import UserError
 from espalier.folder import ModelFolder
@@ -19,7 +20,7 @@ from espalier.run import FINAL, LEDGER, METRICS, PLAN, RECIPE, RESULTS, STATE, r
 from espalier.story import Story
 from faults.calls import End
 from faults.sheet import Row
-from faults.small import Setting, fresh
+from faults.small import Setting, fresh, of_damage
 
 MUTATIONS = 500
 MODEL, RUN = "model folder", "run folder"
@@ -77,15 +78,20 @@ def _copies(setting: Setting) -> list[Kept]:
     home = fresh(setting.small.place / "home", setting.place / "home")
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     data, vocabulary = next((home / "data").glob("[!.]*")), next((home / "tokenizers").glob("[!.]*"))
+    stated = DataRecipe.model_validate(setting.small.recipe()["data"])
+
+    def taken(home: Path) -> str:
+        """What is said when a run takes its tokens from the cache: of those that were damaged, which are made again."""
+        told: list[str] = []
+        corpus(stated, home=home, tell=told.append)
+        return "; ".join(of_damage(told))
+
     return [
         Kept("checkpoint", newest, files.damage),
         Kept(MODEL, run / FINAL, lambda path: ModelFolder.open(path) and None),
         Kept("dataset", data, lambda path: Dataset.open(path) and None),
         Kept("tokenizer", vocabulary, files.damage),
-        *(
-            Kept("tokens", path, lambda path: Tokens.open(path).verify())
-            for path in sorted((home / "tokens").glob("[!.]*"))
-        ),
+        *(Kept("tokens", home, taken, f"tokens/[!.]*/{name}") for name in ("shard-*.bin", CARD)),
         *(Kept(RUN, run, _open_run, name) for name in RECORDS),
     ]
 

@@ -1,9 +1,12 @@
-"""Ranks: the same order, losses and bits as one process, and runs that go on on another number of them (F11, G3)."""
+"""Ranks: the same order, losses and bits as one process; runs that are told to stop, and go on on other numbers of
+them (F5, F11, G3).
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from tests.ranks import run_ranks
 
-from espalier import records
+from espalier import files, records
 from espalier.run import FINAL, METRICS
 from espalier.train import checkpoint, loop
 from espalier.world import World
@@ -24,7 +27,9 @@ from faults.small import NAME, RECIPE, Setting
 
 # Micro-batches of one row: as many as four ranks can share.
 TRAIN = RECIPE["train"] | {"per_device_train_batch_size": 1, "evaluations": 2}
-STOP = 12  # two updates after the growth
+STOP = 13  # three updates after the growth; nothing but the signal has it saved
+GRACE = 30.0  # seconds; the shortest notice that a cloud gives before it takes a machine back
+SIGNALLED = "signalled"  # a file that says when
 SIZES = (2, 4)  # beside one process
 # Ranks that begin, ranks that go on, how checkpoints are written, the optimizer and the growth.
 CELLS = (
@@ -38,7 +43,7 @@ CELLS = (
 
 def ranks(setting: Setting) -> list[Row]:
     """The small recipe by 1, 2 and 4 ranks, and stopped and taken up by others."""
-    return [_undisturbed(setting), _resumed(setting)]
+    return [_undisturbed(setting), *_resumed(setting)]
 
 
 def _undisturbed(setting: Setting) -> Row:
@@ -59,21 +64,42 @@ def _undisturbed(setting: Setting) -> Row:
     )
 
 
-def _resumed(setting: Setting) -> Row:
-    wrong = []
+def _resumed(setting: Setting) -> list[Row]:
+    wrong, unsaved, slowest = [], [], 0.0
     cells = setting.some(CELLS, share=2)
     for number, (before, after, save, optimizer, operator) in enumerate(cells):
         recipe = _recipe(optimizer, operator, save=save)
         calm = _run(setting, recipe, f"calm {number}", 1)
         name = f"stopped {number}"
-        _run(setting, recipe, name, before, stop=STOP)
+        stopped = _run(setting, recipe, name, before, stop=STOP)
+        slowest = max(slowest, time.monotonic() - float((setting.place / SIGNALLED).read_text()))
+        if checkpoint.list_steps(stopped)[0] != STOP or files.damage(stopped / f"checkpoint-{STOP}"):
+            unsaved.append(f"{before} ranks, saved {save}: no whole checkpoint of step {STOP}")
         if not _same_end(calm, _run(setting, recipe, name, after)):
             wrong.append(f"{before} -> {after} ranks, {optimizer}, {operator}")
-    tried = (
-        f"stopped by a signal to one rank right after a growth, taken up by other numbers of ranks: {len(cells)} cells"
-    )
-    figure = f"{len(cells) - len(wrong)} bit-equal to one process"
-    return Row("G3", tried, figure, "all", not wrong, "; ".join(wrong), trials=len(cells), of=len(CELLS))
+    return [
+        Row(
+            "G3",
+            f"stopped by a signal to one rank after a growth, taken up by other numbers of ranks: {len(cells)} cells",
+            f"{len(cells) - len(wrong)} bit-equal to one process",
+            "all",
+            not wrong,
+            "; ".join(wrong),
+            trials=len(cells),
+            of=len(CELLS),
+        ),
+        Row(
+            "F5",
+            f"SIGTERM to one rank between two saves: {len(cells)} of those cells",
+            f"{len(cells) - len(unsaved)} ended with a whole checkpoint of the step",
+            f"all; within {GRACE:g} s",
+            not unsaved and slowest <= GRACE,
+            "; ".join(unsaved) or "a small model on a fast disk",
+            trials=len(cells),
+            of=len(CELLS),
+            took=f"all ended {slowest:.1f} s after it",
+        ),
+    ]
 
 
 def _recipe(optimizer: str, operator: str, **train: Any) -> dict[str, Any]:
@@ -93,14 +119,15 @@ def _run(setting: Setting, recipe: dict[str, Any], name: str, size: int, stop: i
 
 def _carry_out(setting: Setting, runs: Path, stop: int | None, world: World) -> int:
     if stop is not None and world.rank == world.size - 1:
-        loop.update = _then_signalled(loop.update, stop)  # type: ignore[assignment]
+        loop.update = _then_signalled(loop.update, stop, setting.place / SIGNALLED)  # type: ignore[assignment]
     return setting.small.carry_out(runs)
 
 
-def _then_signalled(update: Callable[..., Any], stop: int) -> Callable[..., Any]:
+def _then_signalled(update: Callable[..., Any], stop: int, when: Path) -> Callable[..., Any]:
     def updated(state: Any, *more: Any) -> Any:
         done = update(state, *more)
         if state.progress.step == stop:
+            when.write_text(str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGTERM)
         return done
 

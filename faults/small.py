@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,6 +119,11 @@ def state_of(folder: Path) -> list[str]:
     """Hashes of a checkpoint's weights, optimizer, random state and progress."""
     names = ("model.safetensors", *(f"trainer/{n}" for n in ("optimizer.safetensors", "random.safetensors")))
     return [*(files.sha256(folder / name) for name in names), (folder / "trainer" / "progress.json").read_text()]
+
+
+def of_damage(lines: Iterable[str]) -> list[str]:
+    """What of all that was said tells that something on the disk isn't as it was written."""
+    return [line for line in lines if any(word in line for word in ("damaged", "isn't as", "can't be"))]
 
 
 def fresh(source: Path, target: Path) -> Path:

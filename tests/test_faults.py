@@ -159,22 +159,42 @@ def test_a_guard_is_not_tried_with_tests_that_are_red_anyway(tried):
         tried("assert x == 3", "x = 2")
 
 
-def test_the_sheet_forgets_guards_that_are_gone_and_names_those_not_tried(tmp_path, monkeypatch):
+@pytest.fixture
+def remembered(tmp_path, monkeypatch):
+    """The sheet's row of two guards in kept.py, whose trials are what a test writes down of them."""
     for name in ("kept.py", "other.py"):
         (tmp_path / name).write_text("def keep(x):\n    check(x)\n    verify(x)\n")
-    monkeypatch.setattr(guards, "SOURCE", tmp_path)
-    monkeypatch.setattr(guards, "REMOVED", tmp_path)
+    (tmp_path / "test_kept.py").write_text("def test():\n    pass\n")
+    for name in ("ROOT", "SOURCE", "REMOVED"):
+        monkeypatch.setattr(guards, name, tmp_path)
     monkeypatch.setattr(guards, "GUARDED", ("kept.py",))
-    monkeypatch.setattr(guards, "outcome", lambda file, text: "green" if "verify" in text else "red: tests/x.py::test")
-    guards._write_record("kept.py", {"keep: check(x)": "green", "keep: flush()": "green"})
-    [row] = guards.removed(Setting(tmp_path, Small(tmp_path)))
+    monkeypatch.setattr(
+        guards, "outcome", lambda file, text: "green" if "verify" in text else "red: test_kept.py::test"
+    )
+    monkeypatch.setattr(guards, "today", lambda: "2026-01-02")
+    return lambda: guards.removed(Setting(tmp_path, Small(tmp_path)))[0]
+
+
+def test_the_sheet_forgets_guards_that_are_gone_and_names_those_not_tried(remembered):
+    green = guards.Trial("green", "2026-01-01")
+    guards._write_record("kept.py", {"keep: check(x)": green, "keep: flush()": green})
+    row = remembered()
     assert row.figure == "0 of 1 turn a test red (0.0%)" and not row.reached
     unnoticed, elsewhere = "no test noticed: kept.py: keep: check(x)", "2 guards of other files aren't tried"
     assert row.why == f"{unnoticed}. not tried yet: kept.py (1 of 2). {elsewhere}"
     guards.main(["kept.py"])
-    [row] = guards.removed(Setting(tmp_path, Small(tmp_path)))
+    row = remembered()
     assert row.figure == "1 of 2 turn a test red (50.0%)" and row.why == f"{unnoticed}. {elsewhere}"
-    assert list(guards._record("kept.py")["guards"]) == ["keep: check(x)", "keep: verify(x)"]
+    assert list(json.loads((guards.REMOVED / "kept.py.json").read_text())) == ["keep: check(x)", "keep: verify(x)"]
+
+
+def test_what_a_test_noticed_is_tried_again_once_that_test_is_gone(remembered):
+    red, gone = (guards.Trial(f"red: test_kept.py::{name}", "2026-01-01") for name in ("test", "test_that_was"))
+    guards._write_record("kept.py", {"keep: check(x)": gone, "keep: verify(x)": red})
+    row = remembered()
+    assert row.trials == 1 and "not tried yet: kept.py (1 of 2)" in row.why and "(2026-01-01)" in row.tried
+    guards.main(["kept.py"])
+    assert remembered().trials == 2 and "(2026-01-01 to 2026-01-02)" in remembered().tried
 
 
 def test_every_part_runs_in_a_tiny_form(tmp_path):

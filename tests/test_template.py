@@ -56,6 +56,15 @@ def test_it_writes_what_transformers_writes(opened, load, prompt):
     assert "héllo" in expected
 
 
+def test_a_child_that_is_stopped_is_not_waited_for(opened, monkeypatch):
+    template = opened(CLEAN)
+    template.write(ASKED, prompt=False)
+    children()[0].suspend()  # its own bound can't end it then
+    monkeypatch.setattr(module, "SECONDS", 0.1)
+    with pytest.raises(ModelError, match="chat template"):
+        template.write(ASKED, prompt=False)
+
+
 def test_what_a_template_refuses_is_said_in_its_words_and_the_next_is_written(opened):
     template = opened(CLEAN)
     with pytest.raises(ValueError, match="no x"):

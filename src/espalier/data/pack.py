@@ -86,13 +86,8 @@ class Tokens:
             start, count, index = start + len(piece), count - len(piece), index + 1
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
-    def verify(self) -> None:
-        """Compare every shard with its recorded hash; a `DataError` names the first that changed."""
-        for shard in self.shards:
-            if not self.is_whole(shard):
-                raise self._damaged(shard)
-
     def is_whole(self, shard: Shard) -> bool:
+        """Whether a shard's file has the bytes that were written."""
         path = self.path / shard.name
         return path.is_file() and files.sha256(path) == shard.sha256
 
@@ -127,16 +122,13 @@ class Tokens:
         size = np.dtype(self.dtype).itemsize
         read = os.pread(self._descriptors[index], count * size, first * size)
         if len(read) < count * size:
-            raise self._damaged(shard)
+            raise DataError(
+                str(self.path / shard.name),
+                found="a shard that is missing or has changed since it was written",
+                expected=f"sha256 {shard.sha256}",
+                mend="Restore it, or delete the folder to have the split tokenised again.",
+            )
         return np.frombuffer(read, self.dtype)
-
-    def _damaged(self, shard: Shard) -> DataError:
-        return DataError(
-            str(self.path / shard.name),
-            found="a shard that is missing or has changed since it was written",
-            expected=f"sha256 {shard.sha256}",
-            mend="Restore it, or delete the folder to have the split tokenised again.",
-        )
 
 
 def tokenize(dataset: Dataset, split: str, tokenizer_path: Path, *, home: Path, tell: Callable[[str], None]) -> Tokens:
