@@ -59,10 +59,14 @@ def test_it_writes_what_transformers_writes(opened, load, prompt):
 def test_a_child_that_is_stopped_is_not_waited_for(opened, monkeypatch):
     template = opened(CLEAN)
     template.write(ASKED, prompt=False)
-    children()[0].suspend()  # its own bound can't end it then
+    [child] = children()
+    child.suspend()  # its own bound can't end it then
+    later = threading.Timer(5.0, child.resume)
+    later.start()
     monkeypatch.setattr(module, "SECONDS", 0.1)
     with pytest.raises(ModelError, match="chat template"):
         template.write(ASKED, prompt=False)
+    later.cancel()
 
 
 def test_what_a_template_refuses_is_said_in_its_words_and_the_next_is_written(opened):
