@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from espalier import files
+from espalier import records
 from espalier.errors import RecipeError, RunError
 from espalier.evaluate.stages import StageByStageRecipe, evaluate_stages, models
 from espalier.ledger import Ledger
@@ -68,7 +68,7 @@ def test_each_stage_is_evaluated_and_shown_against_what_it_had_cost(grown, setti
     ledger = folder / LEDGER
     whole = ledger.read_bytes()
     ledger.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
-    files.write_json(folder / STATE, {"status": "running"})
+    records.write(folder / STATE, {"status": "running", "time": 0.0})
     assert espalier("evaluate", "stages", "--recipe=stages.yaml", "--name=followed").code == 0
     spent, own = (Ledger(at).spent(kind="evaluate") for at in (ledger, folder / NAMES[2] / LEDGER))
     assert Ledger(ledger).spent(kind="evaluate", stage=2).flops == own.flops > 0, "what a kill kept from being entered"
