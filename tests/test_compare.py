@@ -7,8 +7,9 @@ import pytest
 
 from espalier import compare, records
 from espalier.errors import RecipeError
+from espalier.ledger import Ledger
 from espalier.report import Report
-from espalier.run import PAGE, RESULTS, Run
+from espalier.run import LEDGER, PAGE, RESULTS, Run
 
 FLOPS = 6e8
 STAGES = [{"num_hidden_layers": 1, "duration": "40%"}, {"num_hidden_layers": 3, "duration": "60%"}]
@@ -139,6 +140,9 @@ def test_after_a_signal_nothing_more_is_begun_and_the_next_call_goes_on(recipe, 
     assert len(begun) == 2 and not (run.folder / RESULTS).exists()
     with Run.start(tmp_path / "run", short, tell=lambda line: None) as run:
         compare.grow_compare(short, run)
+    spent = [Ledger(path).spent(kind="train") for path in (run.folder / compare.TRIALS).glob(f"*/{LEDGER}")]
+    assert len(spent) == 3
+    assert Ledger(run.folder / LEDGER).spent(kind="train").flops == pytest.approx(sum(one.flops for one in spent))
     assert len(begun) == 4 and len(set(begun)) == 3, "the finished one is only read, the stopped one taken up"
 
 

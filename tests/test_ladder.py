@@ -86,6 +86,7 @@ def test_what_is_finished_is_only_read(climbed, recipe):
     with Run.start(folder, recipe, tell=told.append) as run:
         ladder(recipe, run)
     assert told == first
+    assert run.ledger.spent(kind="train").tokens == len(WIDTHS) * round(5000 / STEP) * STEP, "charged once"
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

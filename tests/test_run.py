@@ -197,6 +197,19 @@ def test_a_change_is_on_record_from_the_earliest_step_that_it_holds_for(start, f
     )
 
 
+def test_a_change_that_nothing_was_computed_with_is_none(start, folder):
+    start(Marked()).close()
+    start(marked({"rate"}), accept=["rate"]).close()
+    start(marked({"rate"})).close()
+    third = marked({"rate"}).model_copy(update={"rate": 3.0})
+    start(third, accept=["rate"]).close()
+    [line] = records.read_lines(folder / CHANGES)
+    assert (line["saved"], line["now"]) == (1.0, 3.0)
+    start(Marked()).close()
+    assert not list(records.read_lines(folder / CHANGES)), "taken back, without consent"
+    assert recipe.load(Marked, folder / RECIPE) == Marked()
+
+
 def test_a_change_that_a_kill_kept_from_being_made_leaves_no_record(start, folder, monkeypatch):
     start(Marked()).close()
     write = files.write_text

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from espalier import template as module
-from espalier.errors import ModelError
+from espalier.errors import ModelError, ResourceError
 from espalier.template import Template
 
 CLEAN = (
@@ -143,3 +143,50 @@ def test_the_child_ends_with_its_parent_whatever_it_does(load, tmp_path, monkeyp
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_child_that_others_end_is_started_once_more_and_then_told(opened, monkeypatch):
+    template, before = opened(CLEAN), set(children())
+    text = template.write(ASKED, prompt=False)
+    (child,) = set(children()) - before
+    child.kill()
+    child.wait()
+    assert template.write(ASKED, prompt=False) == text
+    template.close()
+    monkeypatch.setattr(module, "_written", lambda *asked: os.kill(os.getpid(), 9))
+    with pytest.raises(ResourceError, match="signal 9, twice"):
+        template.write(ASKED, prompt=False)
+    assert set(children()) <= before
+
+
+def test_a_fork_that_fails_leaves_nothing_to_close(opened, monkeypatch):
+    template = opened(CLEAN)
+
+    def fork():
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(OSError, match="allocate"):
+        template.write(ASKED, prompt=False)
+    template.close()
+
+
+def test_an_interrupted_question_does_not_leave_its_answer_to_the_next(opened, monkeypatch):
+    template = opened("{{ messages[0].content }}")
+    template.write(ASKED, prompt=False)
+    poll = template._pipe.poll
+
+    def interrupted(seconds):
+        poll(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(template._pipe, "poll", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        template.write([{"role": "user", "content": "first"}], prompt=False)
+    monkeypatch.undo()
+    assert template.write([{"role": "user", "content": "second"}], prompt=False) == "second"
+
+
+def test_only_files_that_are_open_are_closed(opened, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: pytest.fail("the bound may be 1e9"))
+    assert opened("x").write(ASKED, prompt=False) == "x"

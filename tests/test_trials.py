@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from espalier.errors import RecipeError
 from espalier.page import Point
 from espalier.planner import PlannedRecipe
+from espalier.run import Run
 from espalier.trials import Figures, Way, carry_out, require_shares
 
 losses = st.lists(st.floats(1, 10), min_size=2, max_size=12)
@@ -64,7 +65,7 @@ def test_two_trials_in_one_folder_are_refused(tmp_path):
     run = told()
     trials = [Way(name, "arm", run.stages, 1e9).trial(run, rate=0.02, seed=7) for name in ("a b", "a, b")]
     with pytest.raises(RecipeError, match=r"two that both mean a-b-rate0\.02-seed7"):
-        carry_out(trials, tmp_path, workers=1, tell=print, done=print)
+        carry_out(trials, Run(tmp_path, run, tell=print), workers=1, tell=print)
 
 
 @pytest.mark.parametrize("durations", [("40%", "50%"), ("40%", "2e9 flops")], ids=["sum", "unit"])

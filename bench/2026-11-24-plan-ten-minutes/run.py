@@ -24,8 +24,8 @@ from espalier.ledger import Ledger
 from espalier.pipeline import PretrainRecipe
 from espalier.recipe import load
 from espalier.report import Report
-from espalier.run import LEDGER, RESULTS
-from espalier.trials import Trial, carry_out
+from espalier.run import LEDGER, RESULTS, Run
+from espalier.trials import TRIALS, Trial, carry_out
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -99,11 +99,11 @@ def main(folder: Path, names: list[str]) -> None:
         for name in names:
             batch = {key: value for key, value in chosen[name].items() if key == "batch_tokens"}
             trials.append(trial(told | {"train": told["train"] | batch}, name, chosen[name]["stages"], seed))
-    carry_out(trials, folder, workers=2, tell=print, done=lambda figures: None)
+    carry_out(trials, Run(folder, recipe), workers=2, tell=print)
     law, results = Law.load(recipe.law), {}
     for one in trials:
         name = one.recipe.name.rpartition("-")[0]
-        at = folder / one.recipe.name
+        at = folder / TRIALS / one.recipe.name
         trained = Ledger(at / LEDGER).spent(kind="train")
         spec = one.recipe.specs()[-1]
         here = results.setdefault(

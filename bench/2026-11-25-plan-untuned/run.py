@@ -23,8 +23,8 @@ from espalier.ledger import Ledger
 from espalier.pipeline import PretrainRecipe
 from espalier.recipe import load
 from espalier.report import Report
-from espalier.run import LEDGER, RESULTS
-from espalier.trials import Trial, carry_out
+from espalier.run import LEDGER, RESULTS, Run
+from espalier.trials import TRIALS, Trial, carry_out
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -62,11 +62,11 @@ def main(plan: Path, folder: Path, names: list[str]) -> None:
             values = recipe.model_dump() | {"name": f"{name}-seed{seed}", "seed": seed}
             one = PretrainRecipe.model_validate(values | {"samples": {"prompts": ["\n"], "max_new_tokens": 1}})
             trials.append(Trial(one.optimizer.learning_rate, seed, one))
-    carry_out(trials, folder, workers=2, tell=print, done=lambda figures: None)
+    carry_out(trials, Run(folder, planned), workers=2, tell=print)
     results = {}
     for name, recipe in found.items():
         spec = recipe.specs()[-1]
-        at = [one for seed in SEEDS if ((one := folder / f"{name}-seed{seed}") / RESULTS).exists()]
+        at = [one for seed in SEEDS if ((one := folder / TRIALS / f"{name}-seed{seed}") / RESULTS).exists()]
         if not at:
             continue
         trained = Ledger(at[0] / LEDGER).spent(kind="train")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from espalier import recipe
@@ -60,9 +60,26 @@ def require_allowed(changes: Sequence[Change], accept: Collection[str], *, where
 
 
 def carried_out(lines: Sequence[dict[str, Any]], saved: dict[str, Any]) -> list[dict[str, Any]]:
-    """The recorded changes without those that a kill kept from being made: work has gone on with them, or the recipe in
-    the folder has them."""
-    return [line for line in lines if "step" in line or _at(saved, line["key"]) == line["now"]]
+    """The recorded changes with which work has gone on, then one for each other key that was changed since.
+
+    That is from what was last computed with to what the recipe in the folder has; none where these are the same, since
+    it was taken back, or a kill kept it from being made.
+    """
+    first = _waiting(lines)
+    waiting = [{**line, "now": _at(saved, key)} for key, line in first.items()]
+    return [line for line in lines if "step" in line] + [line for line in waiting if line["saved"] != line["now"]]
+
+
+def since_computed(changes: Sequence[Change], lines: Sequence[dict[str, Any]]) -> list[Change]:
+    """The changes against what was last computed with, where nothing was with the recipe that the folder has."""
+    first = _waiting(lines)
+    found = [replace(one, saved=first[one.key]["saved"]) if one.key in first else one for one in changes]
+    return [one for one in found if one.saved != one.now]
+
+
+def _waiting(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By key, the first recorded change with which no work has gone on yet."""
+    return {line["key"]: line for line in reversed(lines) if "step" not in line}
 
 
 def _take_back(refused: Sequence[Change]) -> str:

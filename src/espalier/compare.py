@@ -29,11 +29,10 @@ from espalier.recipe import Recipe, dump
 from espalier.report import Report
 from espalier.run import PAGE, RESULTS, Run
 from espalier.story import Story, shape
-from espalier.trials import Figures, Trial, Way, carry_out, require_shares
+from espalier.trials import TRIALS, Figures, Trial, Way, carry_out, require_shares
 
 LARGE, SMALL = "large from scratch", "small only"
 SHARES = [0.25, 0.5, 1.0]
-TRIALS = "trials"
 TABLE_WIDTH = 110
 
 Rates = Annotated[tuple[float, ...], Field(min_length=1)]
@@ -229,14 +228,11 @@ def _carry_out(
     total = sum(way.flops for way, *_ in tried) + sum(way.flops for way in ways) * len(others)
     run.tell(f"{len(tried)} runs to find rates, then {finals} with other seeds: {units.si(total, 'FLOP')} of training.")
 
-    def carried(trials: Sequence[Trial]) -> list[Figures | None]:
-        return carry_out(trials, run.folder / TRIALS, workers=workers, tell=run.tell, done=charge)
-
-    def charge(figures: Figures) -> None:
-        run.charge("train", tokens=figures.points[-1].tokens, flops=figures.flops)
+    def carried(trials: Sequence[Trial], first: int) -> list[Figures | None]:
+        return carry_out(trials, run, workers=workers, tell=run.tell, first=first)
 
     losses: dict[str, list[tuple[float, float, Figures | None]]] = {}
-    for (way, rate, _), figures in zip(tried, carried([trial for *_, trial in tried]), strict=True):
+    for (way, rate, _), figures in zip(tried, carried([trial for *_, trial in tried], 0), strict=True):
         losses.setdefault(way.name, []).append((figures.loss if figures else math.inf, rate, figures))
     best = {name: min(found, key=lambda one: one[:2]) for name, found in losses.items()}
     if failed := [name for name, (loss, *_) in best.items() if loss == math.inf]:
@@ -248,7 +244,7 @@ def _carry_out(
         )
     again = [(way, way.trial(recipe.run, rate=best[way.name][1], seed=seed)) for way in ways for seed in others]
     figures_of = {way.name: [best[way.name][2]] for way in ways}
-    for (way, trial), figures in zip(again, carried([trial for _, trial in again]), strict=True):
+    for (way, trial), figures in zip(again, carried([trial for _, trial in again], len(tried)), strict=True):
         if figures is None:
             raise RecipeError(
                 f"{way.name}, seed {trial.seed}",

@@ -28,9 +28,7 @@ from espalier.recipe import Recipe
 from espalier.report import Report
 from espalier.run import PAGE, RESULTS, Run
 from espalier.story import Story
-from espalier.trials import EVAL_TOKENS, Figures, Trial, carry_out
-
-TRIALS = "trials"
+from espalier.trials import EVAL_TOKENS, TRIALS, Trial, carry_out
 
 
 def tokens_of(length: str, parameters: float) -> float:
@@ -129,10 +127,7 @@ def ladder(recipe: LadderRecipe, run: Run) -> Path:
 
 
 def _carry_out(trials: Sequence[Trial], workers: int, run: Run) -> None:
-    def charge(figures: Figures) -> None:
-        run.charge("train", tokens=figures.points[-1].tokens, flops=figures.flops)
-
-    figures = carry_out(trials, run.folder / TRIALS, workers=workers, tell=run.tell, done=charge)
+    figures = carry_out(trials, run, workers=workers, tell=run.tell)
     if diverged := [trial.recipe.name for trial, found in zip(trials, figures, strict=True) if found is None]:
         raise RecipeError(
             "run.optimizer.learning_rate",

@@ -338,8 +338,11 @@ class Run:
     def _same_recipe(self, accept: Collection[str]) -> None:
         """Refuse another recipe; take over, and record, what an unfinished run may be told anew."""
         saved = stored_recipe(self.folder)
-        differing = changes.between(saved, self.recipe)
+        recorded = list(records.read_lines(self.folder / CHANGES))
+        lines = changes.carried_out(recorded, saved)
+        moved = changes.between(saved, self.recipe)
         finished = self.state["status"] == "finished"
+        differing = moved if finished else changes.since_computed(moved, lines)
         changes.require_allowed(differing, accept, where=str(self.folder), finished=finished)
         if finished:
             if differing:
@@ -347,13 +350,13 @@ class Run:
                 self.tell(f"Not taken over, since the run is finished:\n{changes.table(differing)}")
             return
         self._write_state("running")
-        recorded = list(records.read_lines(self.folder / CHANGES))
-        lines = changes.carried_out(recorded, saved)
-        lines += [{**vars(change), "time": time.time()} for change in differing]
+        lines += [{**vars(change), "time": time.time()} for change in moved]
         if lines != recorded:
             records.replace_lines(self.folder / CHANGES, lines)
-        if differing:
+        if moved:
             self._keep_recipe()
+            records.replace_lines(self.folder / CHANGES, changes.carried_out(lines, stored_recipe(self.folder)))
+        if differing:
             self.tell(f"Changed since it was begun:\n{changes.table(differing)}")
 
     def _keep_recipe(self) -> None:

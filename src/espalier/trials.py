@@ -24,7 +24,7 @@ from espalier import errors, files, records, units
 from espalier.budget.plan import Duration
 from espalier.errors import NumericsError, RecipeError
 from espalier.grow.progressive import StageRecipe
-from espalier.ledger import Cap, Ledger
+from espalier.ledger import Cap, Cost, Ledger
 from espalier.page import Point
 from espalier.pipeline import PretrainRecipe, pretrain
 from espalier.planner import PlannedRecipe
@@ -33,6 +33,7 @@ from espalier.run import LEDGER, METRICS, RESULTS, Run
 
 # What counts as a trial's time: its updates, and its growths.
 TIMED = ("train", "grow")
+TRIALS = "trials"
 DIVERGED = "diverged.json"
 # Held-out text of every run where none is stated, or their losses would differ by the text.
 EVAL_TOKENS = 2**18
@@ -164,15 +165,17 @@ def require_shares(told: PlannedRecipe) -> None:
 
 
 def carry_out(
-    trials: Sequence[Trial], folder: Path, *, workers: int, tell: Callable[[str], None], done: Callable[[Figures], None]
+    trials: Sequence[Trial], run: Run, *, workers: int, tell: Callable[[str], None], first: int = 0
 ) -> list[Figures | None]:
-    """Run the trials under `folder`, `workers` at a time; their figures, None for one whose numbers diverged.
+    """Run the trials in the run's folder, `workers` at a time; their figures, None for one whose numbers diverged.
 
+    Each is entered in the run's ledger once, as the stage of its number, counted from `first` on.
     Raises KeyboardInterrupt when a signal ended one: each has saved what it did, and the next call goes on.
     """
     _require_distinct(trials)
     for trial in trials:
         trial.recipe.specs()  # what can't be built is refused before anything is trained
+    folder = run.folder / TRIALS
     figures: list[Figures | None] = []
     arguments = [(trial.recipe.model_dump(mode="json"), str(folder)) for trial in trials]
     with _Workers(min(workers, len(trials))) as each:
@@ -180,12 +183,18 @@ def carry_out(
             if code not in (0, NumericsError.exit_code):
                 raise KeyboardInterrupt
             found = Figures.read(folder / trial.recipe.name) if code == 0 else None
+            _charge(run, trial, first + len(figures))
             figures.append(found)
-            if found:
-                done(found)
             ended = f"loss {found.loss:.4f}, {units.duration(found.seconds)}" if found else "its numbers diverged"
             tell(f"{len(figures)} of {len(trials)}  {trial.recipe.name}: {ended}")
     return figures
+
+
+def _charge(run: Run, trial: Trial, number: int) -> None:
+    """Enter what a trial trained, whether it diverged or not, unless it was entered before the run was stopped."""
+    if run.ledger.spent(kind="train", stage=number) == Cost():
+        spent = Ledger(run.folder / TRIALS / trial.recipe.name / LEDGER).spent(kind="train")
+        run.charge("train", tokens=spent.tokens, flops=spent.flops, stage=number)
 
 
 def _require_distinct(trials: Sequence[Trial]) -> None:

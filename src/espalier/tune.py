@@ -22,22 +22,20 @@ from espalier.budget import flops
 from espalier.budget.plan import Duration, DurationText
 from espalier.errors import BudgetError, RecipeError
 from espalier.grow.progressive import ShapeRecipe
-from espalier.ledger import Cost, Ledger
 from espalier.method import method
 from espalier.page import Figure, View
 from espalier.pipeline import PretrainRecipe
 from espalier.planner import PlannedRecipe
 from espalier.recipe import Recipe, dump, parse
 from espalier.report import Report
-from espalier.run import LEDGER, PAGE, RESULTS, Run
+from espalier.run import PAGE, RESULTS, Run
 from espalier.story import Story, shape
-from espalier.trials import EVAL_TOKENS, Trial, carry_out
+from espalier.trials import EVAL_TOKENS, TRIALS, Trial, carry_out
 
 if TYPE_CHECKING:
     import optuna
 
 TUNED = "tuned.yaml"
-TRIALS = "trials"
 RATE, VECTOR_RATE = "optimizer.learning_rate", "optimizer.vector_learning_rate"
 AXES = (RATE, "parametrization.gain", "parametrization.output_multiplier")
 # A span that isn't stated reaches from the recipe's own value over this factor to its own value times it.
@@ -287,11 +285,10 @@ def _search(recipe: TuneRecipe, count: int, run: Run) -> list[Tried]:
     while len(tried) < count:
         asked = [study.ask(spans) for _ in range(min(recipe.workers, count - len(tried)))]
         trials = [recipe.trial(one.number, one.params) for one in asked]
-        figures = carry_out(trials, run.folder / TRIALS, workers=recipe.workers, tell=_silent, done=_silent)
+        figures = carry_out(trials, run, workers=recipe.workers, tell=_silent, first=len(tried))
         for one, trial, ended in zip(asked, trials, figures, strict=True):
             tried.append(Tried(trial.recipe.name, one.params, ended.loss if ended else math.inf))
             study.tell(one, tried[-1].loss)
-            _charge(run, trial, one.number)
             run.tell(f"{len(tried)} of {count}  {_told_loss(tried[-1])}: {_told_values(tried[-1])}")
     return tried
 
@@ -306,13 +303,6 @@ def _study(recipe: TuneRecipe) -> tuple[optuna.Study, dict[str, optuna.distribut
     return study, {
         axis: optuna.distributions.FloatDistribution(low, high, log=True) for axis, (low, high) in recipe.axes.items()
     }
-
-
-def _charge(run: Run, trial: Trial, number: int) -> None:
-    """Enter what a trial trained, whether it diverged or not, unless it was entered before the search was stopped."""
-    if run.ledger.spent(kind="train", stage=number) == Cost():
-        spent = Ledger(run.folder / TRIALS / trial.recipe.name / LEDGER).spent(kind="train")
-        run.charge("train", tokens=spent.tokens, flops=spent.flops, stage=number)
 
 
 def _silent(what: object) -> None:

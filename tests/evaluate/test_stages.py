@@ -6,10 +6,12 @@ import shutil
 import pytest
 import yaml
 
+from espalier import records
 from espalier.errors import RecipeError, RunError
 from espalier.evaluate.stages import StageByStageRecipe, evaluate_stages, models
+from espalier.ledger import Ledger
 from espalier.report import Report
-from espalier.run import FINAL, PAGE, RESULTS, Run
+from espalier.run import FINAL, LEDGER, PAGE, RESULTS, STATE, Run
 
 NAMES = ["stage-1", "stage-2", "stage-3"]
 
@@ -63,6 +65,14 @@ def test_each_stage_is_evaluated_and_shown_against_what_it_had_cost(grown, setti
     again = espalier("evaluate", "stages", "--recipe=stages.yaml", "--name=followed")
     assert again.code == 0, again.err
     assert before == {name: (folder / name / RESULTS).stat().st_mtime_ns for name in NAMES}, "what is finished is read"
+    ledger = folder / LEDGER
+    whole = ledger.read_bytes()
+    ledger.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    records.write(folder / STATE, {"status": "running", "time": 0.0})
+    assert espalier("evaluate", "stages", "--recipe=stages.yaml", "--name=followed").code == 0
+    spent, own = (Ledger(at).spent(kind="evaluate") for at in (ledger, folder / NAMES[2] / LEDGER))
+    assert Ledger(ledger).spent(kind="evaluate", stage=2).flops == own.flops > 0, "what a kill kept from being entered"
+    assert spent.flops == sum(Ledger(folder / name / LEDGER).total.flops for name in NAMES)
 
 
 def evaluate(tmp_path, run, **told):

@@ -15,7 +15,7 @@ from espalier.errors import RecipeError, RunError
 from espalier.evaluate import page
 from espalier.evaluate.evaluation import Evaluation
 from espalier.folder import ModelFolder
-from espalier.ledger import Cost
+from espalier.ledger import Cost, Entry
 from espalier.method import method
 from espalier.recipe import Recipe, parse
 from espalier.report import Report
@@ -52,6 +52,8 @@ def evaluate_stages(recipe: StageByStageRecipe, run: Run) -> Path:
                 run.price(stage.rates)
                 billed = max(cost.usd - stage.rates.cost(cost.seconds).usd, 0.0)
                 run.charge("evaluate", flops=cost.flops, usd=billed, stage=number)
+            elif run.ledger.spent(kind="evaluate", stage=number) == Cost():  # a kill came before it was entered
+                run.ledger.add(Entry("evaluate", stage.ledger.total, stage=number))
         evaluations[name] = Evaluation.read(run.folder / name)
         spent[name] = Cost(**(ModelFolder(model).made or {})["cost"])
     report = Report(str(recipe.run), context={"stages": {name: vars(cost) for name, cost in spent.items()}})

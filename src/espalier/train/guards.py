@@ -187,6 +187,7 @@ def _order(bundle: Path) -> tuple[int, int]:
 
 def write_bundle(path: Path, progress: Progress, broken: Broken) -> None:
     """Write bundle.json and batch.safetensors into a folder, and delete all beside it but the newest few."""
+    files.remove_partials(path.parent)
     with files.whole_folder(path) as folder:
         arrays = {name: array for name, array in vars(broken.batch).items() if array is not None}
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / "batch.safetensors")
