@@ -37,7 +37,7 @@ def changed_recipes(setting: Setting) -> list[Row]:
 def _noticed(setting: Setting, begun: PretrainRecipe, stopped: Path, overrides: dict[str, str]) -> Row:
     """Every key once: the run refuses it by its name, or takes it over, says so and has it on record."""
     counts, silently = Counter[str](), []
-    some = setting.some(list(overrides), share=4)  # all of them with a quarter of everything
+    some = setting.some(list(overrides), share=5)  # all of them with a fifth of everything
     for key in some:
         folder, told = fresh(stopped / NAME, setting.place / "taken-up"), list[str]()
         now = recipe.parse(PretrainRecipe, recipe.dump(begun), [overrides[key]], where=key)

@@ -99,7 +99,7 @@ def _found(setting: Setting, place: Path) -> Row:
     dice, kept = setting.dice("changed data"), setting.place / "kept"
     places = [(what, kind) for what in READ for kind in KINDS for _ in range(TIMES)]
     refused, again, missed = 0, 0, []
-    for what, kind in setting.some(places, share=4):
+    for what, kind in setting.some(places, share=5):
         fresh(kept, place)
         path = dice.choice(_files(place, READ[what]))
         if not _change(path, kind, dice, [other for other in _files(place, READ[what]) if other != path]):

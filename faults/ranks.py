@@ -32,7 +32,7 @@ def dead_or_hung(setting: Setting) -> list[Row]:
     rows = []
     for name in FAULTS:
         kind = [trial for trial in trials if trial[0] == name]
-        some = setting.some(kind, share=4)  # all of them with a quarter of everything
+        some = setting.some(kind, share=5)  # all of them with a fifth of everything
         sizes = " and ".join(str(size) for size in sorted({size for _, size, _ in some}))
         outcomes = [_outcome(*trial, setting.place) for trial in some]
         slowest, wrong = max(seconds for seconds, _ in outcomes), sum(not named for _, named in outcomes)

@@ -28,7 +28,7 @@ def random_kills(setting: Setting) -> list[Row]:
     runs, log = setting.folder("killed"), Path(NAME, METRICS)
     logged = [call for call in whole if call.path == str(watched / log)]
     done, finished, lost, wrong = 0, 0, 0, list[str]()
-    kills = max(1, min(KILLS, round(4 * KILLS * setting.share)))  # all of them with a quarter of everything
+    kills = max(1, min(KILLS, round(5 * KILLS * setting.share)))  # all of them with a fifth of everything
     while done < kills:
         before = _newest(runs / NAME)
         # Most calls are those of checkpoints; those of the log are spread over the steps.

@@ -49,7 +49,7 @@ def ranks(setting: Setting) -> list[Row]:
 def _undisturbed(setting: Setting) -> Row:
     alone = _run(setting, _recipe("muon", "stack"), "alone", 1)
     wrong, apart = [], 0.0
-    sizes = setting.some(SIZES, share=4)  # all of them with a quarter of everything
+    sizes = setting.some(SIZES, share=5)  # all of them with a fifth of everything
     for size in sizes:
         shared = _run(setting, _recipe("muon", "stack"), f"by {size}", size)
         pairs = zip(_losses(alone), _losses(shared), strict=True)

@@ -22,7 +22,7 @@ NONE = "none is among so small a share"
 def hostile_files(setting: Setting) -> list[Row]:
     """Each is opened in a child under an audit hook: what ran, what left its folder, and what the refusal says."""
     hostile.warm()
-    chosen = setting.some(ARTEFACTS, share=4)  # all of them with a quarter of everything
+    chosen = setting.some(ARTEFACTS, share=5)  # all of them with a fifth of everything
     told = [(artefact, hostile.tried(artefact)) for artefact in chosen]
     rows = [_row(what, fault, [pair for pair in told if pair[0].fault == fault]) for fault, what in WHAT.items()]
     clean = [(artefact, came) for artefact, came in told if artefact.fault == "clean"]
