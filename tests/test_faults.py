@@ -277,7 +277,7 @@ def test_the_seed_alone_says_when_a_run_is_killed(brief):
     setting, asked = brief
     rows = [runs.random_kills(setting(seed)) for seed in (1, 1, 2)]
     kills, each = [kill for kill in asked if kill[1]], len(asked) // 3
-    assert rows[0] == rows[1] and asked[:each] == asked[each : 2 * each] and rows[0][0].trials == 20
+    assert rows[0] == rows[1] and asked[:each] == asked[each : 2 * each] and rows[0][0].trials == 25
     assert kills[: len(kills) // 2] != kills[-(len(kills) // 2) :]
     assert {name for name, _, _ in kills} == {"killed", "metrics.jsonl"} and {kind for *_, kind in kills} == {
         "kill",

@@ -206,7 +206,7 @@ def bowl(values: dict[str, float]) -> float:
 def search(recipe: TuneRecipe, folder) -> Found:
     """A search whose trials aren't trained: their losses are those of the bowl."""
 
-    def carried(trials, folder, *, workers, tell, done):
+    def carried(trials, run, *, workers, tell, first):
         assert len(trials) <= workers
         losses = [bowl(values_of(trial.recipe)) for trial in trials]
         points = [Point(1, 1, None, 1, 1, loss) for loss in losses]

@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,6 +19,7 @@ from espalier import folder
 from espalier.model import build
 from espalier.untrusted import MAX_ROW_BYTES
 
+ROOT = Path(__file__).parents[2]
 MAX_PEAK_BYTES = 600 * 2**20
 
 
@@ -133,5 +137,14 @@ def test_a_reader_that_dies_is_told(tmp_path):
 
 
 def test_a_line_far_beyond_the_longest_row_takes_no_more_than_two_of_them():
-    long, clean = (tried(hostile.named(name)) for name in ("a line of 200 MB", "clean rows"))
-    assert long.peak_bytes - clean.peak_bytes <= 2 * MAX_ROW_BYTES
+    # In a process of its own: others' tests have told this one's allocator to keep what is freed.
+    program = (
+        "from faults import hostile\n"
+        "hostile.warm()\n"
+        "print(*(hostile.tried(hostile.named(name)).peak_bytes for name in ('a line of 200 MB', 'clean rows')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    long, clean = map(int, done.stdout.split())
+    assert clean > 0 and long - clean <= 2 * MAX_ROW_BYTES

@@ -235,9 +235,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._fail(fault, json.dumps(reply).encode())
                 return
             stub.closing.wait(stub.seconds)
+            with stub.lock:
+                stub.answered[asked] += 1  # before its client can know
             self._send(200, reply)
-        with stub.lock:
-            stub.answered[asked] += 1
 
     def _allowed(self) -> bool:
         if not self.stub.key or self.headers["Authorization"] == f"Bearer {self.stub.key}":
