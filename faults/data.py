@@ -58,6 +58,7 @@ def _stopped(setting: Setting) -> Path:
     place = setting.folder("place")
     shutil.copytree(setting.small.place / "corpus", place / "texts")
     shutil.copytree(setting.small.place / "home", place / "home")
+    of_others = [path for folder in ("data", "tokens", "tokenizers") for path in (place / "home" / folder).glob("*")]
     os.environ["ESPALIER_HOME"] = str(place / "home")
     recipe = setting.small.recipe(data={**RECIPE["data"], "sources": [str(place / "texts")]})
     (place / "runs").mkdir()
@@ -71,9 +72,8 @@ def _stopped(setting: Setting) -> Path:
         if call.name == "rename" and call.other.endswith(f"/checkpoint-{STOP}")
     )
     assert calls.watch(partial(_carry_out, place), place / "runs", at=in_place + 1).killed
-    for folder in ("data", "tokens", "tokenizers"):  # of the other corpus
-        for path in (setting.small.place / "home" / folder).glob("*"):
-            shutil.rmtree(place / "home" / folder / path.name)
+    for path in of_others:
+        shutil.rmtree(path)
     assert calls.forked(partial(_compared, place)).result is not None
     fresh(place, setting.place / "kept")
     return place

@@ -29,7 +29,7 @@ class Row:
     why      what falls short, what the figure doesn't cover, or why nothing was tried
     trials   how many trials were made
     of       how many there are
-    took     a measured time, shown behind the figure: all that may differ between rounds with the same seed
+    took     a measured time or size, shown behind the figure: all that may differ between rounds with the same seed
     """
 
     goal: str
